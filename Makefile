@@ -1,0 +1,50 @@
+# `make demo` and `make test` need Python 3.11+, make and gcc, and nothing else installed.
+PYTHON ?= python3.11
+# A build that axolotl 0.19 supports. pip takes the build that fits the machine: the CUDA one from PyPI, or the one
+# that your pip is set up to find.
+TORCH ?= torch==2.13.0
+VENV := .venv
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export AXOLOTL_DO_NOT_TRACK := 1
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := true
+
+.PHONY: help install demo test lint types unit clean
+
+help:
+	@echo "make demo    train a tiny model with SFT, then DPO, and show what changed (under 10 minutes)"
+	@echo "make test    lint, types and all tests (under 12 minutes)"
+	@echo "make unit    the fast tests alone"
+	@echo "make clean   remove .venv and outputs"
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet --upgrade pip
+	pip install --quiet "$(TORCH)"
+	pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: install
+	python examples/tiny_assets.py outputs/tiny-base
+	axolotl train recipes/tiny-sft.yaml
+	axolotl train recipes/tiny-dpo.yaml
+	@python examples/demo.py outputs/tiny-base outputs/tiny-sft outputs/tiny-dpo
+
+test: install lint types
+	python -m pytest
+
+lint: install
+	ruff check .
+	ruff format --check .
+
+types: install
+	mypy
+
+unit: install
+	python -m pytest tests/unit
+
+clean:
+	rm -rf $(VENV) outputs

@@ -1,0 +1,42 @@
+"""Our own formats, strategies, losses and metrics, registered as a third party would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dpo_plugin import hookimpl
+from dpo_plugin.compute.losses import LOSSES, PreferenceLoss
+from dpo_plugin.data.formats import FORMATS, PreferenceFormat
+from dpo_plugin.model.references import STRATEGIES, ReferenceStrategy
+from dpo_plugin.monitor.metrics import METRICS, PreferenceMetric
+
+
+@hookimpl
+def dpo_preference_formats() -> Mapping[str, PreferenceFormat]:
+    """Our preference formats."""
+    return FORMATS
+
+
+@hookimpl
+def dpo_reference_strategies() -> Mapping[str, type[ReferenceStrategy]]:
+    """Our reference strategies."""
+    return STRATEGIES
+
+
+@hookimpl
+def dpo_losses() -> Mapping[str, PreferenceLoss]:
+    """TRL's losses under their names."""
+    return LOSSES
+
+
+@hookimpl
+def dpo_metrics() -> Mapping[str, PreferenceMetric]:
+    """The metrics that users of TRL know, and ours."""
+    return METRICS
+
+
+@hookimpl
+def dpo_health_checks() -> Mapping[str, Callable[[Any], Any]]:
+    """None yet."""
+    return {}

@@ -1,0 +1,150 @@
+"""Preference losses as pure functions on `PairLogps`, under TRL 1.9's names.
+
+β multiplies the log-ratio difference (Rafailov et al. 2023, arXiv 2305.18290, eq. 7). Below,
+r_w and r_l are the log-ratios of chosen and rejected in nats, Δ = r_w − r_l, σ the logistic function,
+n_w and n_l the completion lengths in tokens, ε the label smoothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from dpo_plugin.types import PairLogps
+
+
+@dataclass(frozen=True, slots=True)
+class LossOptions:
+    """Settings that losses share.
+
+    Attributes:
+        beta: β > 0.
+        label_smoothing: ε, the assumed share of flipped preferences; sigmoid, robust, exo_pair, aot and aot_unpaired
+            use it.
+        discopop_tau: Temperature of DiscoPOP's blend.
+    """
+
+    beta: float
+    label_smoothing: float = 0.0
+    discopop_tau: float = 0.05
+
+
+PreferenceLoss = Callable[[PairLogps, LossOptions], Tensor]
+
+
+def _delta(logps: PairLogps) -> Tensor:
+    return logps.chosen_logratios - logps.rejected_logratios
+
+
+def _per_token_delta(logps: PairLogps) -> Tensor:
+    chosen = logps.chosen_logratios / logps.chosen_tokens.clamp(min=1)
+    return chosen - logps.rejected_logratios / logps.rejected_tokens.clamp(min=1)
+
+
+def sigmoid(logps: PairLogps, options: LossOptions) -> Tensor:
+    """−(1−ε) log σ(βΔ) − ε log σ(−βΔ): DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7). (pairs,).
+
+    ε > 0 is conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences"), which TRL 1.9 leaves out.
+    """
+    return _smoothed(options.beta * _delta(logps), options.label_smoothing)
+
+
+def sigmoid_norm(logps: PairLogps, options: LossOptions) -> Tensor:
+    """−log σ(β (r_w/n_w − r_l/n_l)): length-normalised DPO (Tülu 3, arXiv 2411.15124). (pairs,)."""
+    return -logsigmoid(options.beta * _per_token_delta(logps))
+
+
+def hinge(logps: PairLogps, options: LossOptions) -> Tensor:
+    """max(0, 1 − β Δ): SLiC-style hinge (Zhao et al. 2023, arXiv 2305.10425; RSO, arXiv 2309.06657). (pairs,)."""
+    return torch.relu(1 - options.beta * _delta(logps))
+
+
+def ipo(logps: PairLogps, options: LossOptions) -> Tensor:
+    """(r_w/n_w − r_l/n_l − 1/(2β))²: IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17), per token. (pairs,)."""
+    return (_per_token_delta(logps) - 1 / (2 * options.beta)) ** 2
+
+
+def robust(logps: PairLogps, options: LossOptions) -> Tensor:
+    """[−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1 − 2ε): robust DPO (Chowdhury et al. 2024, arXiv 2403.00409). (pairs,)."""
+    epsilon, margin = options.label_smoothing, options.beta * _delta(logps)
+    return (-(1 - epsilon) * logsigmoid(margin) + epsilon * logsigmoid(-margin)) / (1 - 2 * epsilon)
+
+
+def exo_pair(logps: PairLogps, options: LossOptions) -> Tensor:
+    """KL(softmax(β r) ‖ (1−ε, ε)): EXO (Ji et al. 2024, arXiv 2402.00856, eq. 16); ε > 0. (pairs,)."""
+    margin = options.beta * _delta(logps)
+    epsilon = torch.tensor(options.label_smoothing, device=margin.device, dtype=margin.dtype)
+    chosen = torch.sigmoid(margin) * (logsigmoid(margin) - torch.log1p(-epsilon))
+    return chosen + torch.sigmoid(-margin) * (logsigmoid(-margin) - torch.log(epsilon))
+
+
+def nca_pair(logps: PairLogps, options: LossOptions) -> Tensor:
+    """−log σ(β r_w) − ½ log σ(−β r_w) − ½ log σ(−β r_l): NCA (Chen et al. 2024, arXiv 2402.05369). (pairs,)."""
+    chosen, rejected = options.beta * logps.chosen_logratios, options.beta * logps.rejected_logratios
+    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
+
+
+def bco_pair(logps: PairLogps, options: LossOptions) -> Tensor:
+    """−log σ(β r_w) − log σ(−β r_l): BCO without shift (Jung et al. 2024, arXiv 2404.04656). (pairs,)."""
+    return -logsigmoid(options.beta * logps.chosen_logratios) - logsigmoid(-options.beta * logps.rejected_logratios)
+
+
+def sppo_hard(logps: PairLogps, options: LossOptions) -> Tensor:
+    """(r_w − 1/(2β))² + (r_l + 1/(2β))²: SPPO, hard labels (Wu et al. 2024, arXiv 2405.00675, eq. 4.7). (pairs,)."""
+    half = 0.5 / options.beta
+    return (logps.chosen_logratios - half) ** 2 + (logps.rejected_logratios + half) ** 2
+
+
+def aot(logps: PairLogps, options: LossOptions) -> Tensor:
+    """AOT, paired (Melnyk et al. 2024, arXiv 2406.05882): DPO on separately sorted margins. (pairs,)."""
+    policy, _ = torch.sort(logps.policy_chosen_logps - logps.policy_rejected_logps)
+    reference, _ = torch.sort(logps.ref_chosen_logps - logps.ref_rejected_logps)
+    return _smoothed(options.beta * (policy - reference), options.label_smoothing)
+
+
+def aot_unpaired(logps: PairLogps, options: LossOptions) -> Tensor:
+    """AOT, unpaired (Melnyk et al. 2024, arXiv 2406.05882): DPO on separately sorted log-ratios. (pairs,)."""
+    chosen, _ = torch.sort(logps.chosen_logratios)
+    rejected, _ = torch.sort(logps.rejected_logratios)
+    return _smoothed(options.beta * (chosen - rejected), options.label_smoothing)
+
+
+def _smoothed(margin: Tensor, epsilon: float) -> Tensor:
+    return -(1 - epsilon) * logsigmoid(margin) - epsilon * logsigmoid(-margin)
+
+
+def apo_zero(logps: PairLogps, options: LossOptions) -> Tensor:
+    """1 − σ(β r_w) + σ(β r_l): APO-zero (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7). (pairs,)."""
+    chosen = 1 - torch.sigmoid(options.beta * logps.chosen_logratios)
+    return chosen + torch.sigmoid(options.beta * logps.rejected_logratios)
+
+
+def apo_down(logps: PairLogps, options: LossOptions) -> Tensor:
+    """σ(β r_w) + 1 − σ(β Δ): APO-down (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8). (pairs,)."""
+    return torch.sigmoid(options.beta * logps.chosen_logratios) + 1 - torch.sigmoid(options.beta * _delta(logps))
+
+
+def discopop(logps: PairLogps, options: LossOptions) -> Tensor:
+    """(1−m) (−log σ(βΔ)) + m exp(−βΔ), m = σ(βΔ/τ): DiscoPOP (Lu et al. 2024, arXiv 2406.08414, eq. 5). (pairs,)."""
+    margin = options.beta * _delta(logps)
+    blend = torch.sigmoid(margin / options.discopop_tau)
+    return -logsigmoid(margin) * (1 - blend) + torch.exp(-margin) * blend
+
+
+def sft(logps: PairLogps, options: LossOptions) -> Tensor:
+    """Mean negative log-likelihood per chosen token of the batch, the same for each pair (TRL's `sft`). (pairs,)."""
+    mean = -logps.policy_chosen_logps.sum() / logps.chosen_tokens.sum().clamp(min=1)
+    return mean.expand_as(logps.policy_chosen_logps)
+
+
+LOSSES: Mapping[str, PreferenceLoss] = {
+    loss.__name__: loss
+    for loss in (
+        sigmoid, sigmoid_norm, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard,
+        aot, aot_unpaired, apo_zero, apo_down, discopop, sft,
+    )
+}  # fmt: skip

@@ -1,0 +1,37 @@
+"""The errors a user can meet. Each message says what was found, where, and ends with the line to write."""
+
+
+class DPOPluginError(Exception):
+    """Anything that dpo_plugin refuses to go on with."""
+
+
+class ConfigError(DPOPluginError):
+    """The YAML asks for something that does not exist, contradicts itself, or is not supported."""
+
+
+class RegistrationError(DPOPluginError):
+    """A third party's hook cannot be used: it does not import, is misspelled, or takes a name twice."""
+
+
+class UnknownNameError(ConfigError):
+    """The YAML names a format, strategy, loss or metric that nobody registered."""
+
+
+class AdapterError(DPOPluginError):
+    """An adapter cannot be read, does not fit the base model, or was not attached as it is on disk."""
+
+
+class DataError(DPOPluginError):
+    """The preference data cannot be read, or nothing usable is left of it."""
+
+
+class RowError(DPOPluginError):
+    """One row of the preference data cannot be used; the row is counted, not repaired."""
+
+
+class TemplateError(DPOPluginError):
+    """The chat template cannot say which tokens of a conversation are the completion."""
+
+
+class ReferenceMismatchError(DPOPluginError):
+    """Policy and reference should be equal at step 0 and are not."""

@@ -1,0 +1,167 @@
+"""What the raw YAML says, checked as far as the config alone can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_plugin.config import DPOPluginConfig, parse_config
+from dpo_plugin.errors import ConfigError, DataError
+from dpo_plugin.model.adapters import AdapterFolder
+from dpo_plugin.model.references import ReferenceStrategy
+from dpo_plugin.monitor.metrics import USUAL, PreferenceMetric
+from dpo_plugin.registry import Registry, get_registry
+
+PREFIX = "dpo_plugin."
+_DATA_SUFFIXES = {".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt"}
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The settings of one run.
+
+    Attributes:
+        config: The ``dpo_plugin:`` section.
+        policy: The adapter that the policy starts from, or None for a fresh LoRA or full fine-tuning.
+        reference: The adapter that is the frozen reference, if the strategy uses one.
+        strategy_name: Name of the reference strategy.
+        strategy: The reference strategy.
+        metrics: Metrics to log.
+        datasets: The ``datasets`` entries as written; the host's schema drops keys that it does not know.
+        test_datasets: The same of ``test_datasets``.
+    """
+
+    config: DPOPluginConfig
+    policy: AdapterFolder | None
+    reference: AdapterFolder | None
+    strategy_name: str
+    strategy: type[ReferenceStrategy]
+    metrics: Mapping[str, PreferenceMetric]
+    datasets: list[dict[str, Any]]
+    test_datasets: list[dict[str, Any]]
+
+
+def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
+    """Read and check a raw config with ``rl: dpo`` or ``rl: ipo``.
+
+    Raises:
+        ConfigError: For a key, name or combination that cannot be served.
+        AdapterError: If an adapter folder is missing or unusable.
+        DataError: If a data file is missing or empty.
+    """
+    registry = get_registry()
+    config = parse_config(cfg.get("dpo_plugin"))
+    _check_host_keys(cfg, registry)
+    policy = _policy_folder(cfg)
+    strategy_name, strategy, reference = _reference(cfg, config, policy, registry)
+    return RunSettings(
+        config=config,
+        policy=policy,
+        reference=reference,
+        strategy_name=strategy_name,
+        strategy=strategy,
+        metrics=_metrics(config, registry),
+        datasets=_entries(cfg, "datasets", registry),
+        test_datasets=_entries(cfg, "test_datasets", registry),
+    )
+
+
+def _check_host_keys(cfg: Mapping[str, Any], registry: Registry) -> None:
+    adapter = cfg.get("adapter")
+    if adapter not in (None, "lora", "qlora"):
+        raise ConfigError(f"`adapter: {adapter}` cannot be held twice on one base. Write: adapter: lora")
+    if cfg.get("dpo_use_liger_kernel"):
+        raise ConfigError(
+            "`dpo_use_liger_kernel: true` computes its own reference and would bypass the reference adapter. "
+            "Write: dpo_use_liger_kernel: false"
+        )
+    names = cfg.get("dpo_loss_type") or []
+    for name in [names] if isinstance(names, str) else names:
+        registry.losses.find(name, "dpo_loss_type")
+    beta = cfg.get("rl_beta")
+    if beta is not None and not float(beta) > 0:
+        raise ConfigError(f"`rl_beta: {beta}` must be above 0. Write: rl_beta: 0.1")
+
+
+def _policy_folder(cfg: Mapping[str, Any]) -> AdapterFolder | None:
+    path = cfg.get("lora_model_dir")
+    if not path:
+        return None
+    if not cfg.get("adapter"):
+        raise ConfigError("`lora_model_dir` is set but `adapter` is not. Write: adapter: lora (or qlora)")
+    folder = AdapterFolder.open(path, "lora_model_dir")
+    for key, saved in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):
+        asked, found = cfg.get(key), folder.config.get(saved)
+        if asked is not None and found is not None and float(asked) != float(found):
+            raise ConfigError(
+                f"`{key}: {asked}` differs from the adapter in `lora_model_dir: {path}`, which has {found}; "
+                f"the policy starts from that adapter and keeps its shape. Write: {key}: {found}"
+            )
+    return folder
+
+
+def _reference(
+    cfg: Mapping[str, Any], config: DPOPluginConfig, policy: AdapterFolder | None, registry: Registry
+) -> tuple[str, type[ReferenceStrategy], AdapterFolder | None]:
+    directory = config.reference.adapter_dir
+    default = "model" if not cfg.get("adapter") else "adapter" if policy or directory else "base"
+    name = config.reference.strategy or default
+    strategy = registry.reference_strategies.find(name, "dpo_plugin.reference.strategy")
+    if directory and name != "adapter":
+        raise ConfigError(
+            f"`dpo_plugin.reference.adapter_dir` is set but the strategy is {name!r}, which does not use it. "
+            "Write: strategy: adapter"
+        )
+    if name == "model" and cfg.get("adapter"):
+        raise ConfigError(
+            "`dpo_plugin.reference.strategy: model` loads a second model, which the host does for full fine-tuning "
+            "only. Write: strategy: adapter"
+        )
+    if name in ("adapter", "base") and not cfg.get("adapter"):
+        raise ConfigError(f"`dpo_plugin.reference.strategy: {name}` needs an adapter. Write: adapter: lora")
+    if name != "adapter":
+        return name, strategy, None
+    if directory:
+        return name, strategy, AdapterFolder.open(directory, "dpo_plugin.reference.adapter_dir")
+    if policy is None:
+        raise ConfigError(
+            "`dpo_plugin.reference.strategy: adapter` finds no adapter. Write: lora_model_dir: <SFT adapter folder>"
+        )
+    return name, strategy, policy
+
+
+def _metrics(config: DPOPluginConfig, registry: Registry) -> Mapping[str, PreferenceMetric]:
+    extra = registry.metrics if config.metrics is None else config.metrics
+    chosen = {name: registry.metrics.find(name, "dpo_plugin.metrics") for name in extra}
+    return {**USUAL, **chosen}
+
+
+def _entries(cfg: Mapping[str, Any], key: str, registry: Registry) -> list[dict[str, Any]]:
+    entries = [dict(entry) for entry in cfg.get(key) or []]
+    for index, entry in enumerate(entries):
+        where = f"{key}[{index}]"
+        kind = entry.get("type")
+        if isinstance(kind, str) and kind.startswith(PREFIX):
+            name = kind.removeprefix(PREFIX)
+            if name not in registry.formats:
+                registry.formats.find(name, f"{where}.type: dpo_plugin")
+        _check_files(entry, where)
+    return entries
+
+
+def _check_files(entry: Mapping[str, Any], where: str) -> None:
+    files = entry.get("data_files") or []
+    named = [("data_files", file) for file in ([files] if isinstance(files, str) else files)]
+    path = str(entry.get("path") or "")
+    if Path(path).suffix in _DATA_SUFFIXES:
+        named.append(("path", path))
+    for key, file in named:
+        if "://" in file or any(sign in file for sign in "*?["):
+            continue
+        if not Path(file).is_file():
+            if key == "path" or not Path(path).is_dir():
+                raise DataError(f"`{where}.{key}: {file}` does not exist. Write: {key}: <an existing file>")
+        elif Path(file).stat().st_size == 0:
+            raise DataError(f"`{where}.{key}: {file}` is empty. Write: {key}: <a file with rows>")

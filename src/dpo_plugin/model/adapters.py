@@ -1,0 +1,234 @@
+"""One base model with two LoRA adapters: the trainable policy and the frozen reference.
+
+PEFT switches adapters by walking every module and flipping ``requires_grad`` (host-facing cost: seconds per thousand
+steps at 72B, and a chance to train the reference). Its layers, however, only *read* a list of active adapter names.
+Here all layers share one list, so that switching is one assignment, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModelForCausalLM, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.save_and_load import load_peft_weights
+from torch import Tensor, nn
+
+from dpo_plugin.errors import AdapterError
+
+# PEFT saves the adapter called "default" into the folder itself and any other into a folder of its own.
+POLICY = "default"
+REFERENCE = "reference"
+
+
+class PolicyReferenceModel(PeftModelForCausalLM):  # type: ignore[misc]
+    """A PEFT model whose adapter ``default`` is trained and whose adapter ``reference``, if any, is frozen.
+
+    Attributes:
+        digests: Adapter name → SHA-256 of its tensors as attached.
+        starts_as_base: Whether the policy is a fresh LoRA that adds nothing yet.
+    """
+
+    digests: dict[str, str]
+    starts_as_base: bool
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference adapter is attached."""
+        return REFERENCE in self.peft_config
+
+    def bind_switch(self) -> None:
+        """Let every adapter layer read one shared list of active adapters; call once all adapters are attached."""
+        self._active_names = [POLICY]
+        self._switched = [m for m in self.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        for module in self._switched:
+            module._active_adapter = self._active_names
+
+    @contextmanager
+    def _active(self, names: list[str]) -> Iterator[None]:
+        if self._switched and self._switched[-1]._active_adapter is not self._active_names:
+            raise AdapterError(
+                "another library has called set_adapter on the model, which separates its layers from the policy/"
+                "reference switch. Remove that call; dpo_plugin switches adapters itself."
+            )
+        self._active_names[:] = names
+        try:
+            yield
+        finally:
+            self._active_names[:] = [POLICY]
+
+    def reference_active(self) -> Any:
+        """Context in which the model is the reference; touches no parameter, hook or module."""
+        return self._active([REFERENCE])
+
+    def adapters_off(self) -> Any:
+        """Context in which the model is the base."""
+        return self._active([])
+
+    def policy_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of the policy adapter, modules_to_save included."""
+        return ((name, p) for name, p in self.named_parameters() if f".{POLICY}." in f"{name}." and _in_adapter(name))
+
+    def train_only_policy(self, trainable: bool = True) -> None:
+        """Let the policy adapter be trained and nothing else; or nothing at all."""
+        self.requires_grad_(False)
+        for _, parameter in self.policy_parameters():
+            parameter.requires_grad_(trainable)
+
+    def save_pretrained(
+        self, save_directory: str, *args: Any, selected_adapters: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Save the policy adapter alone, as PEFT does, unless others are asked for."""
+        chosen = list(selected_adapters) if selected_adapters is not None else [POLICY]
+        super().save_pretrained(save_directory, *args, selected_adapters=chosen, **kwargs)
+
+
+def _in_adapter(name: str) -> bool:
+    return ".lora_" in name or ".modules_to_save." in name or ".trainable_tokens_" in name
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter on disk, read without loading its weights.
+
+    Attributes:
+        path: Folder with ``adapter_config.json``.
+        config: Its contents.
+        key: The YAML key that named it, for messages.
+    """
+
+    path: Path
+    config: Mapping[str, Any] = field(repr=False)
+    key: str
+
+    @classmethod
+    def open(cls, path: str | Path, key: str) -> AdapterFolder:
+        """Read the config of an adapter folder.
+
+        Raises:
+            AdapterError: If the folder or its config is missing, or it is no LoRA that can be held twice.
+        """
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            raise AdapterError(f"`{key}: {path}` does not exist. Write: {key}: <folder with adapter_config.json>")
+        file = folder / "adapter_config.json"
+        if not file.is_file():
+            inside = sorted(child.parent.name for child in folder.glob("*/adapter_config.json"))
+            hint = f"{folder / inside[-1]}" if inside else "<folder with adapter_config.json>"
+            raise AdapterError(f"`{key}: {path}` holds no adapter_config.json. Write: {key}: {hint}")
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise AdapterError(f"{file} is not JSON: {error}. Save the adapter again.") from error
+        if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+            raise AdapterError(f"`{key}: {path}` holds no adapter_model.safetensors. Save the adapter again.")
+        adapter = cls(folder, config, key)
+        adapter._refuse_what_cannot_be_held_twice()
+        return adapter
+
+    def _refuse_what_cannot_be_held_twice(self) -> None:
+        kind = self.config.get("peft_type")
+        if kind != "LORA":
+            raise AdapterError(f"`{self.key}: {self.path}` is a {kind} adapter; only LORA adapters are supported.")
+        if self.config.get("bias", "none") != "none":
+            raise AdapterError(
+                f"`{self.key}: {self.path}` trains biases (bias: {self.config['bias']}), which live in the base model "
+                "and cannot be held twice. Merge it into the base and write: adapter: lora, without lora_model_dir"
+            )
+        if self.config.get("target_parameters"):
+            raise AdapterError(
+                f"`{self.key}: {self.path}` uses target_parameters, of which PEFT holds one per model (peft #3340). "
+                "Merge it into the base and write: adapter: lora, without lora_model_dir"
+            )
+
+
+def attach(
+    base: nn.Module, policy: AdapterFolder | LoraConfig, reference: AdapterFolder | None
+) -> PolicyReferenceModel:
+    """Attach the policy and, if given, the frozen reference to one base model.
+
+    The policy is fp32 whatever the base's dtype, so that the optimizer's small steps are not rounded away; the
+    reference goes through the same casts, so that equal files give equal log-probs.
+
+    Args:
+        base: The base model, quantised or not; it is frozen.
+        policy: The adapter folder the policy starts from, or the config of a fresh LoRA.
+        reference: The adapter folder of the reference.
+
+    Raises:
+        AdapterError: If an adapter does not fit the base, or was not attached as it is on disk.
+    """
+    if isinstance(policy, AdapterFolder):
+        model = _wrap(base, LoraConfig.from_pretrained(str(policy.path)), policy)
+        model.starts_as_base = False
+        _load(model, policy, POLICY)
+    else:
+        model = _wrap(base, policy, None)
+        model.starts_as_base = policy.init_lora_weights is True
+    if reference is not None:
+        _load(model, reference, REFERENCE)
+    model.bind_switch()
+    model.train_only_policy()
+    model.digests = {name: adapter_digest(model, name) for name in model.peft_config}
+    return model
+
+
+def _wrap(base: nn.Module, config: LoraConfig, folder: AdapterFolder | None) -> PolicyReferenceModel:
+    config.inference_mode = False
+    try:
+        return PolicyReferenceModel(base, config, adapter_name=POLICY)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise _misfit(folder, str(error)) from error
+
+
+def _load(model: PolicyReferenceModel, folder: AdapterFolder, name: str) -> None:
+    """Load an adapter's file and check that each of its tensors arrived."""
+    try:
+        result = model.load_adapter(str(folder.path), name, is_trainable=name == POLICY, torch_device="cpu")
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise _misfit(folder, str(error)) from error
+    for keys, what in ((result.unexpected_keys, "has no place for"), (result.missing_keys, "finds no weights for")):
+        if keys:
+            raise _misfit(folder, f"the base model {what} {len(keys)} of its tensors, the first is {keys[0]}")
+    on_disk = load_peft_weights(str(folder.path), device="cpu")
+    attached = get_peft_model_state_dict(model, adapter_name=name)
+    for key, expected in on_disk.items():
+        found = attached.get(key)
+        if found is None or not torch.equal(found.detach().cpu(), expected.to(found.dtype)):
+            raise AdapterError(
+                f"`{folder.key}: {folder.path}`: tensor {key} was not attached as it is on disk. The file may be "
+                "damaged; save the adapter again."
+            )
+
+
+def _misfit(folder: AdapterFolder | None, reason: str) -> AdapterError:
+    if folder is None:
+        return AdapterError(f"the LoRA settings do not fit the base model: {reason} Write: lora_target_linear: true")
+    trained_on = folder.config.get("base_model_name_or_path")
+    return AdapterError(
+        f"`{folder.key}: {folder.path}` does not fit the base model: {' '.join(reason.split())}. "
+        f"It was trained on {trained_on}. Write: base_model: {trained_on}"
+    )
+
+
+def adapter_tensors(model: PolicyReferenceModel, name: str) -> dict[str, Tensor]:
+    """The tensors of one adapter under the keys of its file."""
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return tensors
+
+
+def adapter_digest(model: PolicyReferenceModel, name: str) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of an adapter's tensors."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(adapter_tensors(model, name).items()):
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
