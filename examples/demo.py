@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+# From the preference set; a model of two million parameters knows little else.
 QUESTIONS = [
-    "When does the shop open?",
-    "Can I store bread in the fridge?",
+    "Are you open on Sunday?",
+    "Should I add oil to pasta water?",
     "Why is the sky blue?",
 ]
 

@@ -65,7 +65,7 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
         Given a PeftModel and no ref_model, TRL adds an adapter "ref", always a copy of "default"
         (trl/trainer/dpo_trainer.py:649); a stand-in, which the setter of `ref_model` takes off again, prevents it.
         It casts what is trainable on a quantised base to bf16 (:700), so nothing is trainable until it is done.
-        Both are held by tests/integration/test_dual_adapter.py.
+        Both are held by tests/integration/test_runs.py.
         """
         if not isinstance(model, PolicyReferenceModel):
             return model, ref_model
@@ -152,7 +152,7 @@ def save_policy_instead_of_base(base: nn.Module, policy: PolicyReferenceModel) -
 
     After saving the trainer's model, axolotl 0.19 saves the base that it loaded once more, adapters injected, as
     model.safetensors: 40 GB at 72B and of no use (train.py:406-410); on SIGINT it saves only that (:203).
-    tests/integration/test_output.py fails when the host stops doing so and this can go.
+    tests/integration/test_runs.py fails when the host stops doing so and this can go.
     """
 
     def save_pretrained(save_directory: str, *_: Any, **__: Any) -> None:

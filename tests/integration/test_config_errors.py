@@ -1,0 +1,141 @@
+"""Bad input is refused with a message that says what to write, before a model is loaded."""
+
+import json
+
+import pytest
+
+from dpo_plugin.errors import AdapterError, ConfigError, DataError, DPOPluginError
+from tests.support import host, tiny
+from tests.support.tiny import chat_row, dpo_config, write_rows
+
+
+@pytest.fixture(autouse=True)
+def no_model_is_loaded(monkeypatch: pytest.MonkeyPatch):
+    from axolotl.loaders.model import ModelLoader
+
+    monkeypatch.setattr(ModelLoader, "load", lambda _: pytest.fail("a model was loaded"))
+
+
+def prepare(config, folder):
+    from axolotl.integrations.base import PluginManager
+
+    cfg = host.load_config(config, folder)
+    return PluginManager.get_instance().load_datasets(cfg, preprocess=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        (
+            {"lora_model_dir": "./nowhere"},
+            AdapterError,
+            "`lora_model_dir: ./nowhere` does not exist. Write: lora_model_dir:",
+        ),
+        ({"adapter": "llama-adapter"}, ConfigError, "`adapter: llama-adapter`.*Write: adapter: lora"),
+        ({"dpo_use_liger_kernel": True}, ConfigError, "own reference.*Write: dpo_use_liger_kernel: false"),
+        (
+            {"dpo_plugin": {"refrence": {}}},
+            ConfigError,
+            "unknown key `dpo_plugin.refrence`. Known: metrics, reference.*reference",
+        ),
+        (
+            {"dpo_plugin": {"reference": {"strat": "x"}}},
+            ConfigError,
+            "`dpo_plugin.reference.strat`. Known: adapter_dir, strategy",
+        ),
+        (
+            {"dpo_plugin": {"reference": {"strategy": "adaptr"}}},
+            ConfigError,
+            "'adaptr'.*Known: adapter, base, model.*: adapter",
+        ),
+        (
+            {"dpo_plugin": {"metrics": ["rewards/margin"]}},
+            ConfigError,
+            "'rewards/margin'.*Write: dpo_plugin.metrics: rewards/margins",
+        ),
+        ({"dpo_plugin": {"metrics": "all"}}, ConfigError, "`dpo_plugin.metrics`.*list"),
+        (
+            {"dpo_plugin": {"reference": {"strategy": "adapter"}}},
+            ConfigError,
+            "finds no adapter. Write: lora_model_dir",
+        ),
+        ({"dpo_loss_type": ["sigmoyd"]}, ConfigError, "'sigmoyd'.*Write: dpo_loss_type: sigmoid"),
+        ({"rl_beta": 0}, ConfigError, "`rl_beta: 0` must be above 0"),
+        ({"trainer_cls": "other.Trainer"}, ConfigError, "`trainer_cls: other.Trainer`"),
+    ],
+)
+def test_a_bad_config(base_dir, tmp_path, change, error, says):
+    with pytest.raises(error, match=says):
+        host.load_config(dpo_config(base_dir, tmp_path / "out", **change), tmp_path)
+
+
+def test_an_adapter_folder_without_config(base_dir, sft_dir, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(AdapterError, match="holds no adapter_config.json"):
+        host.load_config(dpo_config(base_dir, tmp_path / "out", lora_model_dir=str(empty)), tmp_path)
+
+
+def test_another_rank_than_the_adapters(base_dir, sft_dir, tmp_path):
+    with pytest.raises(ConfigError, match=r"`lora_r: 16` differs.*Write: lora_r: 8"):
+        host.load_config(dpo_config(base_dir, tmp_path / "out", lora_model_dir=str(sft_dir), lora_r=16), tmp_path)
+
+
+def test_an_unknown_format_lists_the_known(base_dir, tmp_path):
+    data = [{"path": str(tiny.ROOT / "recipes/data/preferences.jsonl"), "ds_type": "json", "type": "dpo_plugin.chatt"}]
+    with pytest.raises(
+        ConfigError, match=r"`datasets\[0\].type: dpo_plugin` names the preference format 'chatt'.*chat"
+    ):
+        host.load_config(dpo_config(base_dir, tmp_path / "out", datasets=data), tmp_path)
+
+
+class TestData:
+    def run(self, base_dir, tmp_path, path):
+        data = [{"path": str(path), "ds_type": "json", "type": "dpo_plugin.chat"}]
+        return prepare(dpo_config(base_dir, tmp_path / "out", datasets=data), tmp_path)
+
+    def test_a_missing_file(self, base_dir, tmp_path):
+        with pytest.raises(DataError, match=r"`datasets\[0\].path: .*gone.jsonl` does not exist"):
+            self.run(base_dir, tmp_path, tmp_path / "gone.jsonl")
+
+    def test_an_empty_file(self, base_dir, tmp_path):
+        with pytest.raises(DataError, match=r"empty.jsonl` is empty"):
+            self.run(base_dir, tmp_path, write_rows(tmp_path / "empty.jsonl", []))
+
+    def test_no_usable_column(self, base_dir, tmp_path):
+        rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": "b"}])
+        with pytest.raises(DataError, match=r"no usable row.*row 1: `chosen` is missing"):
+            self.run(base_dir, tmp_path, rows)
+
+    def test_good_rows_become_ids(self, base_dir, tmp_path, tokenizer):
+        rows = write_rows(tmp_path / "rows.jsonl", [chat_row("q", "a", "b", "one"), chat_row("q", "c", "d", "two")])
+        data = self.run(base_dir, tmp_path, rows).train_dataset
+        assert set(data["source"]) == {"one", "two"}
+        assert {tokenizer.decode(ids) for ids in data["chosen_ids"]} == {"a<|im_end|>", "c<|im_end|>"}
+
+
+def test_two_plugins_with_one_name(base_dir, tmp_path, monkeypatch):
+    from dpo_plugin import hookimpl, registry
+
+    class Theirs:
+        @hookimpl
+        def dpo_preference_formats(self):
+            return {"chat": print}
+
+    manager = registry.build_manager()
+    manager.register(Theirs(), name="their-package")
+    monkeypatch.setattr("dpo_plugin.host.settings.get_registry", lambda: registry.build_registry(manager))
+    with pytest.raises(
+        DPOPluginError, match="'chat' is registered twice.*their-package.*builtins|builtins.*their-package"
+    ):
+        host.load_config(dpo_config(base_dir, tmp_path / "out"), tmp_path)
+
+
+def test_an_sft_config_is_left_alone(base_dir, tmp_path, capfd):
+    config = dpo_config(base_dir, tmp_path / "out", rl=None, rl_beta=None)
+    config["datasets"] = [
+        {"path": str(tiny.ROOT / "recipes/data/sft.jsonl"), "ds_type": "json", "type": "chat_template"}
+    ]
+    cfg = host.load_config(config, tmp_path)
+    assert cfg.trainer_cls is None
+    assert json.loads(json.dumps(cfg.plugins)) == ["dpo_plugin.DPOPlugin"]

@@ -1,0 +1,110 @@
+"""The tiny base model, adapters and configs that tests share."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parents[2]
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@cache
+def assets() -> Any:
+    spec = importlib.util.spec_from_file_location("tiny_assets", ROOT / "examples" / "tiny_assets.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def tokenizer() -> Any:
+    return assets().make_tokenizer([m["content"] for chat in assets().conversations() for m in chat])
+
+
+def save_base(folder: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    assets().make_model(len(tokenizer()), tokenizer()).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_adapter(base_dir: Path, folder: Path, seed: int = 1, **settings: Any) -> Path:
+    """Save a LoRA with random A, B and magnitudes."""
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(base_dir)
+    config = LoraConfig(
+        **{"r": 8, "lora_alpha": 16, "target_modules": PROJECTIONS, "task_type": "CAUSAL_LM", **settings}
+    )
+    model = get_peft_model(base, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def chat_row(question: str, chosen: str, rejected: str, source: str = "made") -> dict[str, Any]:
+    ask = {"role": "user", "content": question}
+    return {
+        "source": source,
+        "prompt": question,
+        "chosen": [ask, {"role": "assistant", "content": chosen}],
+        "rejected": [ask, {"role": "assistant", "content": rejected}],
+    }
+
+
+def dpo_config(base_dir: Path, output_dir: Path, **settings: Any) -> dict[str, Any]:
+    """A DPO config on the tiny base; settings replace or add keys, None removes one."""
+    config = {
+        "base_model": str(base_dir),
+        "output_dir": str(output_dir),
+        "plugins": ["dpo_plugin.DPOPlugin"],
+        "rl": "dpo",
+        "rl_beta": 0.1,
+        "datasets": [
+            {"path": str(ROOT / "recipes/data/preferences.jsonl"), "ds_type": "json", "type": "dpo_plugin.chat"}
+        ],
+        "dataset_prepared_path": str(output_dir.parent / "prepared"),
+        "sequence_len": 256,
+        "adapter": "lora",
+        "lora_r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0.0,
+        "lora_target_modules": PROJECTIONS,
+        "max_steps": 4,
+        "num_epochs": 1,
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-3,
+        "lr_scheduler": "constant",
+        "optimizer": "adamw_torch",
+        "bf16": False,
+        "tf32": False,
+        "attn_implementation": "sdpa",
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "save_only_model": False,
+        "seed": 42,
+        "dataloader_num_workers": 0,
+        "dataset_num_proc": 1,
+        **settings,
+    }
+    return {key: value for key, value in config.items() if value is not None}

@@ -1,0 +1,194 @@
+"""Attaching, switching and saving two adapters, with PEFT as oracle."""
+
+import json
+import time
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils.save_and_load import load_peft_weights
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from dpo_plugin.errors import AdapterError
+from dpo_plugin.model.adapters import POLICY, REFERENCE, AdapterFolder, adapter_digest, adapter_tensors, attach
+from tests.support import tiny
+
+KINDS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "modules_to_save": {"modules_to_save": ["norm"]},
+    "rslora": {"use_rslora": True, "rank_pattern": {"q_proj": 4}},
+}
+IDS = torch.arange(3, 27).reshape(2, 12)
+
+
+def base_of(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def dual(base_dir, policy_dir, reference_dir=None):
+    policy = AdapterFolder.open(policy_dir, "lora_model_dir")
+    reference = AdapterFolder.open(reference_dir or policy_dir, "lora_model_dir")
+    return attach(base_of(base_dir), policy, reference)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_adapters_equal_the_file_tensor_by_tensor(base_dir, tmp_path, kind):
+    folder = tiny.save_adapter(base_dir, tmp_path, **KINDS[kind])
+    model = dual(base_dir, folder)
+    expected = load_peft_weights(str(folder), device="cpu")
+    for name in (POLICY, REFERENCE):
+        found = adapter_tensors(model, name)
+        assert {key for key in expected if "base_layer" not in key} <= found.keys()
+        for key in found:
+            assert torch.equal(found[key], expected[key]), key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_face_of_the_model_computes_what_peft_computes(base_dir, tmp_path, kind):
+    policy_dir = tiny.save_adapter(base_dir, tmp_path / "policy", seed=1, **KINDS[kind])
+    reference_dir = tiny.save_adapter(base_dir, tmp_path / "reference", seed=2, **KINDS[kind])
+    model = dual(base_dir, policy_dir, reference_dir)
+    as_policy = logits(model)
+    with model.reference_active():
+        as_reference = logits(model)
+    with model.adapters_off():
+        as_base = logits(model)
+    torch.testing.assert_close(as_policy, logits(PeftModel.from_pretrained(base_of(base_dir), str(policy_dir))))
+    torch.testing.assert_close(as_reference, logits(PeftModel.from_pretrained(base_of(base_dir), str(reference_dir))))
+    torch.testing.assert_close(as_base, logits(base_of(base_dir)))
+    assert not torch.allclose(as_policy, as_reference)
+    torch.testing.assert_close(logits(model), as_policy)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_policy_adapter_is_trainable_and_in_fp32(base_dir, tmp_path, kind):
+    folder = tiny.save_adapter(base_dir, tmp_path, **KINDS[kind])
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.bfloat16)
+    adapter = AdapterFolder.open(folder, "lora_model_dir")
+    model = attach(base, adapter, adapter)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {name for name, _ in model.policy_parameters()}
+    assert trainable
+    assert not [name for name in trainable if ".reference." in name or "base_layer" in name]
+    assert {p.dtype for name, p in model.policy_parameters() if "lora_" in name} == {torch.float32}
+
+
+def test_a_gradient_reaches_the_policy_and_nothing_else(base_dir, sft_dir):
+    model = dual(base_dir, sft_dir)
+    loss = model(IDS).logits.float().pow(2).mean()
+    with model.reference_active(), torch.no_grad():
+        model(IDS)
+    loss.backward()
+    touched = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert touched == {name for name, _ in model.policy_parameters()}
+
+
+def test_switching_touches_no_parameter_hook_or_module(base_dir, sft_dir, monkeypatch):
+    model = dual(base_dir, sft_dir)
+    before = [(name, p.requires_grad) for name, p in model.named_parameters()]
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    monkeypatch.setattr(torch.nn.Module, "named_modules", lambda *_, **__: pytest.fail("walked the module tree"))
+    started = time.perf_counter()
+    for _ in range(200):
+        with model.reference_active():
+            pass
+    assert time.perf_counter() - started < 0.1  # seconds; PEFT's set_adapter needs longer for one switch at 72B
+    monkeypatch.undo()
+    assert [(name, p.requires_grad) for name, p in model.named_parameters()] == before
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
+
+
+def test_another_librarys_set_adapter_is_noticed(base_dir, sft_dir):
+    model = dual(base_dir, sft_dir)
+    model.set_adapter(POLICY)
+    with pytest.raises(AdapterError, match="set_adapter"), model.reference_active():
+        pass
+
+
+def test_save_writes_the_policy_alone_and_peft_matches_every_key(base_dir, sft_dir, tmp_path):
+    model = dual(base_dir, sft_dir)
+    model.save_pretrained(str(tmp_path))
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    saved, original = (
+        load_file(tmp_path / "adapter_model.safetensors"),
+        load_file(sft_dir / "adapter_model.safetensors"),
+    )
+    assert saved.keys() == original.keys()
+    assert all(torch.equal(saved[key], original[key]) for key in saved)
+    loaded = PeftModel.from_pretrained(base_of(base_dir), str(tmp_path))
+    result = loaded.load_adapter(str(tmp_path), "again")
+    assert not result.unexpected_keys
+    assert not result.missing_keys
+
+
+def test_a_fresh_lora_starts_as_the_base(base_dir):
+    config = LoraConfig(r=4, target_modules=tiny.PROJECTIONS, task_type="CAUSAL_LM")
+    model = attach(base_of(base_dir), config, None)
+    assert model.starts_as_base
+    assert not model.has_reference
+    torch.testing.assert_close(logits(model), logits(base_of(base_dir)))
+
+
+def test_the_digest_sees_one_changed_bit(base_dir, sft_dir):
+    model = dual(base_dir, sft_dir)
+    assert model.digests[POLICY] == model.digests[REFERENCE] == adapter_digest(model, REFERENCE)
+    parameter = next(p for name, p in model.named_parameters() if ".reference." in name)
+    with torch.no_grad():
+        first = parameter.view(-1)[:1]
+        first.copy_(torch.nextafter(first, torch.tensor([9.0])))
+    assert adapter_digest(model, REFERENCE) != model.digests[REFERENCE]
+
+
+class TestMisfits:
+    def test_another_hidden_size_names_the_first_module(self, base_dir, sft_dir):
+        config = Qwen2Config(**{**base_of(base_dir).config.to_dict(), "hidden_size": 96, "num_attention_heads": 6})
+        adapter = AdapterFolder.open(sft_dir, "lora_model_dir")
+        with pytest.raises(AdapterError, match=r"does not fit the base model.*layers\.0.*shape"):
+            attach(Qwen2ForCausalLM(config), adapter, adapter)
+
+    def test_no_target_module_in_the_base(self, base_dir, sft_dir, tmp_path):
+        folder = copy_adapter(sft_dir, tmp_path, target_modules=["c_attn"])
+        with pytest.raises(AdapterError, match="c_attn"):
+            dual(base_dir, folder)
+
+    def test_a_target_module_less(self, base_dir, sft_dir, tmp_path):
+        folder = copy_adapter(sft_dir, tmp_path, target_modules=["q_proj"])
+        with pytest.raises(AdapterError, match=r"no place for \d+ of its tensors, the first is .*_proj"):
+            dual(base_dir, folder)
+
+    def test_weights_missing_from_the_file(self, base_dir, sft_dir, tmp_path):
+        folder = copy_adapter(sft_dir, tmp_path)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        del tensors[sorted(tensors)[0]]
+        save_file(tensors, folder / "adapter_model.safetensors")
+        with pytest.raises(AdapterError, match="finds no weights for 1 of its tensors"):
+            dual(base_dir, folder)
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "bias"), ({"target_parameters": ["x"]}, "3340")],
+    )
+    def test_what_cannot_be_held_twice(self, sft_dir, tmp_path, change, reason):
+        with pytest.raises(AdapterError, match=reason):
+            AdapterFolder.open(copy_adapter(sft_dir, tmp_path, **change), "lora_model_dir")
+
+
+def copy_adapter(folder, target, **changes):
+    import shutil
+
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    file = target / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return target
