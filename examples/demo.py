@@ -16,6 +16,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 # From the preference set; a model of two million parameters knows little else.
 QUESTIONS = [
@@ -72,8 +73,9 @@ def main() -> int:
     for name in ("base", "sft", "dpo"):
         parser.add_argument(name, type=Path)
     arguments = parser.parse_args()
+    disable_progress_bar()
     first, last, held_out = numbers(history(arguments.dpo))
-    console = Console()
+    console = Console(soft_wrap=True)
     console.print(result_table(first, last, held_out))
     table = Table(
         "question", "reference (SFT adapter)", "policy (DPO adapter)", title="Greedy answers", show_lines=True

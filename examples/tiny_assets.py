@@ -1,10 +1,10 @@
-"""Make the tiny base model and tokenizer of the demo and the tests: no download, about a minute on two cores.
+"""Make the tiny base model and tokenizer of the demo and the tests: no download, about two minutes on two cores.
 
 The base is a 4-layer Qwen2 with Qwen2.5's chat template and a byte-level BPE tokenizer. It is trained from scratch
 on the texts in ``recipes/data``, where every question occurs with a courteous and with a curt answer, so that it
 knows both manners and prefers neither.
 
-    python examples/tiny_assets.py outputs/tiny-base [--steps 500]
+    python examples/tiny_assets.py outputs/tiny-base [--steps 800]
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def main() -> None:
     """Write model and tokenizer to a folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=800)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     started = time.perf_counter()
