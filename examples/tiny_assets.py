@@ -82,7 +82,10 @@ def train(model: Qwen2ForCausalLM, rows: list[list[int]], steps: int, batch_size
         length = max(map(len, batch))
         ids = torch.tensor([row + [0] * (length - len(row)) for row in batch])
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in batch])
-        loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        # A seventh of the input tokens are wrong, so that the model learns sentences instead of whole rows by heart.
+        wrong = (torch.rand(ids.shape) < 1 / 7) & (ids >= len(SPECIAL))
+        noisy = torch.where(wrong, torch.randint(len(SPECIAL), model.config.vocab_size, ids.shape), ids)
+        loss = model(input_ids=noisy, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -28,10 +28,55 @@ class ReferenceConfig(_Section):
     )
 
 
+class ColumnsConfig(_Section):
+    """Column names of the data, where they differ from the usual; each is a column of every data set."""
+
+    chosen: str | None = Field(default=None, description="Preferred conversation or answer. Default: chosen.")
+    rejected: str | None = Field(default=None, description="The other one. Default: rejected.")
+    prompt: str | None = Field(default=None, description="Prompt, text or messages. Default: prompt.")
+    messages: str | None = Field(default=None, description="Shared history. Default: messages.")
+    question: str | None = Field(default=None, description="Question. Default: question.")
+    system: str | None = Field(default=None, description="System message. Default: system.")
+    source: str | None = Field(default=None, description="Where a row comes from. Default: source.")
+    tools: str | None = Field(default=None, description="Tool definitions. Default: tools.")
+    template_kwargs: str | None = Field(
+        default=None, description="Chat template arguments of a row. Default: chat_template_kwargs."
+    )
+    role: str | None = Field(default=None, description="Key of a message's role. Default: role, or from.")
+    content: str | None = Field(default=None, description="Key of a message's text. Default: content, or value.")
+
+
+class DataConfig(_Section):
+    """How preference data is read."""
+
+    columns: ColumnsConfig = Field(default_factory=ColumnsConfig, description="Column names.")
+    roles: dict[str, str] = Field(
+        default_factory=dict,
+        description="Role names in the data → system, user, assistant or tool, beside those known by default.",
+    )
+    truncation_side: Literal["left", "right"] = Field(
+        default="right",
+        description="With excess_length_strategy: truncate, cut the end of completions (right) or the beginning of "
+        "prompts (left).",
+    )
+    special_tokens: Literal["refuse", "allow"] = Field(
+        default="refuse",
+        description="A row whose text contains a special token such as <|im_end|>: refuse it, or allow the tokenizer "
+        "to turn it into that control token.",
+    )
+    sample_fraction: float = Field(
+        default=1.0, gt=0, le=1, description="Share of each data set's rows that is used, drawn with the config's seed."
+    )
+    max_bad_rows: float = Field(
+        default=0.1, ge=0, le=1, description="Share of unusable rows of a data set above which the run stops."
+    )
+
+
 class DPOPluginConfig(_Section):
     """The whole section."""
 
     reference: ReferenceConfig = Field(default_factory=ReferenceConfig, description="The reference policy.")
+    data: DataConfig = Field(default_factory=DataConfig, description="How preference data is read.")
     metrics: list[str] | None = Field(
         default=None,
         description="Names of registered metrics to log beside the usual ones. Default: all registered.",

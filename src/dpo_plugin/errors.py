@@ -26,7 +26,15 @@ class DataError(DPOPluginError):
 
 
 class RowError(DPOPluginError):
-    """One row of the preference data cannot be used; the row is counted, not repaired."""
+    """One row of the preference data cannot be used; the row is counted, not repaired.
+
+    Attributes:
+        reason: Under what the audit counts the row.
+    """
+
+    def __init__(self, message: str, reason: str = "malformed"):
+        super().__init__(message)
+        self.reason = reason
 
 
 class TemplateError(DPOPluginError):

@@ -49,6 +49,7 @@ class RenderedPair:
     prompt: str
     chosen: str
     rejected: str
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)

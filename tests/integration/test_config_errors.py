@@ -36,7 +36,7 @@ def prepare(config, folder):
         (
             {"dpo_plugin": {"refrence": {}}},
             ConfigError,
-            "unknown key `dpo_plugin.refrence`. Known: metrics, reference.*reference",
+            "unknown key `dpo_plugin.refrence`. Known: data, metrics, reference.*reference",
         ),
         (
             {"dpo_plugin": {"reference": {"strat": "x"}}},

@@ -1,5 +1,7 @@
 """Formats and rendering of single rows."""
 
+import copy
+
 import pytest
 
 from dpo_plugin.data.formats import Columns, conversations
@@ -44,9 +46,9 @@ def test_conversations_that_part_earlier_keep_their_own_turns():
         ([user("a"), bot("b")], [user("c"), bot("d")], "no user turn"),
         ([user("a"), bot("b"), user("c")], [user("a"), bot("d")], "ends with the user"),
         ([user("a"), {"role": "wizard", "content": "b"}], [user("a"), bot("d")], "unknown role 'wizard'"),
-        ([user("a"), {"role": "assistant", "content": None}], [user("a"), bot("d")], "NoneType, not text"),
+        ([user("a"), {"role": "assistant", "content": None}], [user("a"), bot("d")], "content is missing, not text"),
         (None, [user("a"), bot("d")], "`chosen` is missing"),
-        ("text", [user("a"), bot("d")], "`chosen` is str"),
+        ("text", [user("a"), bot("d")], "`chosen` is str, not a list"),
         (["text"], [user("a"), bot("d")], "holds str"),
     ],
 )
@@ -74,16 +76,20 @@ def test_a_token_across_the_boundary_belongs_to_the_completions():
     assert (ids.prompt, ids.chosen, ids.rejected) == ([1, 2], [9, 4], [3, 5])
 
 
-def test_a_template_without_an_end_of_turn_is_an_error(tokenizer):
+def test_a_template_without_an_end_of_turn_is_an_error_that_names_it(tokenizer):
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    with pytest.raises(TemplateError, match="plain ends an answer with ''"):
+    with pytest.raises(TemplateError, match="^plain ends an answer with"):
         Renderer(tokenizer, template, "plain").render(conversations(chat_row("q", "a", "b"), Columns()))
 
 
-def test_a_tokenizer_without_template_is_an_error(tokenizer):
-    import copy
+def test_a_template_that_does_not_continue_its_generation_prompt_is_an_error_that_names_it(tokenizer):
+    template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>hm{% endif %}"
+    with pytest.raises(TemplateError, match="^odd does not continue its own generation prompt"):
+        Renderer(tokenizer, template, "odd").render(conversations(chat_row("q", "a", "b"), Columns()))
 
+
+def test_a_tokenizer_without_template_is_an_error(tokenizer):
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
-    with pytest.raises(TemplateError, match="chat_template: qwen_25"):
-        Renderer(bare)
+    with pytest.raises(TemplateError, match="chat_template: chatml"):
+        Renderer(bare).render(conversations(chat_row("q", "a", "b"), Columns()))

@@ -1,13 +1,19 @@
-"""Preference formats: pure functions from one data row to a `PreferencePair`."""
+"""Preference formats: pure functions from one data row to a `PreferencePair` (or text that is already rendered).
+
+Nothing is repaired by guessing: a row that does not say clearly what it means raises `RowError` with the reason.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpo_plugin.data.audit import EMPTY, IDENTICAL
 from dpo_plugin.errors import RowError
-from dpo_plugin.types import Message, PreferencePair
+from dpo_plugin.types import Message, PreferencePair, RenderedPair
 
 ROLES: Mapping[str, str] = {
     "system": "system",
@@ -20,33 +26,47 @@ ROLES: Mapping[str, str] = {
     "tool": "tool",
 }
 
+_EXTRAS = ("reasoning_content", "tool_calls", "tool_call_id", "name")
+
 
 @dataclass(frozen=True, slots=True)
 class Columns:
     """What the columns and roles of a data set are called.
 
     Attributes:
-        chosen: Column of the preferred conversation.
+        chosen: Column of the preferred conversation or answer.
         rejected: Column of the other one.
+        prompt: Column of the prompt, text or messages.
+        messages: Column of the shared history.
+        question: Column of the question.
+        system: Column of the system message; may be absent or empty.
         source: Column that says where a row comes from; may be absent.
-        role: Key of a message's role.
-        content: Key of a message's text.
+        tools: Column of tool definitions; may be absent.
+        template_kwargs: Column of further chat template arguments; may be absent.
+        role: Key of a message's role; ShareGPT's ``from`` is known too.
+        content: Key of a message's text; ShareGPT's ``value`` is known too.
         roles: Role names found in the data → the template's roles.
     """
 
     chosen: str = "chosen"
     rejected: str = "rejected"
+    prompt: str = "prompt"
+    messages: str = "messages"
+    question: str = "question"
+    system: str = "system"
     source: str = "source"
+    tools: str = "tools"
+    template_kwargs: str = "chat_template_kwargs"
     role: str = "role"
     content: str = "content"
     roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
 
 
-PreferenceFormat = Callable[[Mapping[str, Any], Columns], PreferencePair]
+PreferenceFormat = Callable[[Mapping[str, Any], Columns], PreferencePair | RenderedPair]
 
 
 def conversations(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
-    """Two whole conversations, as in mlabonne/orpo-dpo-mix-40k and argilla's sets.
+    """Two whole conversations: mlabonne/orpo-dpo-mix-40k, argilla/dpo-mix-7k, argilla's other DPO sets.
 
     The shared history is the longest common prefix of their messages; what follows is each one's completion.
 
@@ -58,35 +78,243 @@ def conversations(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
     rejected = _messages(row, columns.rejected, columns)
     shared = _common_prefix(chosen, rejected)
     if shared in (len(chosen), len(rejected)):
-        raise RowError("chosen and rejected are equal, or one is the beginning of the other")
-    prompt = chosen[:shared]
-    if not any(message["role"] == "user" for message in prompt):
+        raise RowError("chosen and rejected are equal, or one is the beginning of the other", IDENTICAL)
+    if not any(message["role"] == "user" for message in chosen[:shared]):
         raise RowError("chosen and rejected share no user turn")
-    for name, messages in ((columns.chosen, chosen), (columns.rejected, rejected)):
+    return _pair(row, columns, chosen[:shared], chosen[shared:], rejected[shared:])
+
+
+def ultrafeedback(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
+    """HuggingFaceH4/ultrafeedback_binarized: two conversations that open with the text in ``prompt``.
+
+    Raises:
+        RowError: As `conversations`, or if the conversations do not open with ``prompt``.
+    """
+    pair = conversations(row, columns)
+    first = next(message["content"] for message in pair.prompt if message["role"] == "user")
+    if columns.prompt in row and row[columns.prompt] != first:
+        raise RowError(f"`{columns.prompt}` is not what the user says first in `{columns.chosen}`")
+    return pair
+
+
+def prompt_answers(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
+    """``prompt`` (text or messages) and two answers, with an optional ``system``: jondurbin/truthy-dpo-v0.1.
+
+    An answer is text, one message, or the messages that follow the prompt.
+
+    Raises:
+        RowError: If a column is missing, of another type, or empty.
+    """
+    history = _history(row, columns.prompt, columns)
+    return _pair(row, columns, history, *_answers(row, columns))
+
+
+def messages_answers(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
+    """``messages`` (the history) and two answers, as axolotl's ``chat_template.default`` reads them.
+
+    Raises:
+        RowError: If a column is missing, of another type, or empty.
+    """
+    history = _history(row, columns.messages, columns)
+    return _pair(row, columns, history, *_answers(row, columns))
+
+
+def question_answers(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
+    """``system``, ``question`` and two answers: Intel/orca_dpo_pairs.
+
+    Raises:
+        RowError: If a column is missing, of another type, or empty.
+    """
+    history = _history(row, columns.question, columns)
+    return _pair(row, columns, history, *_answers(row, columns))
+
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def hh_rlhf(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
+    r"""Two transcripts ``\n\nHuman: … \n\nAssistant: …``: Anthropic/hh-rlhf.
+
+    Raises:
+        RowError: If a column is no transcript, or as `conversations`.
+    """
+    both = {
+        column: [{columns.role: role, columns.content: text} for role, text in _transcript(row, column)]
+        for column in (columns.chosen, columns.rejected)
+    }
+    return conversations({**row, **both}, columns)
+
+
+def _transcript(row: Mapping[str, Any], column: str) -> list[tuple[str, str]]:
+    text = row.get(column)
+    if not isinstance(text, str) or not _TURN.match(text):
+        raise RowError(rf"`{column}` does not begin with '\n\nHuman:'")
+    parts = _TURN.split(text)[1:]
+    speakers = {"Human": "user", "Assistant": "assistant"}
+    return [(speakers[who], said.removeprefix(" ")) for who, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def rendered_text(row: Mapping[str, Any], columns: Columns) -> RenderedPair:
+    """``prompt``, ``chosen`` and ``rejected`` as the text that the model shall see, templates and all.
+
+    The end-of-sequence token is added to an answer that ends with no special token, and the tokenizer's
+    beginning-of-sequence token to a prompt without it, as TRL does.
+
+    Raises:
+        RowError: If a column is missing, no text, or empty.
+    """
+    prompt, chosen, rejected = (_text(row, column) for column in (columns.prompt, columns.chosen, columns.rejected))
+    if chosen == rejected:
+        raise RowError("chosen and rejected are equal", IDENTICAL)
+    return RenderedPair(prompt, chosen, rejected, _source(row, columns))
+
+
+def chat(row: Mapping[str, Any], columns: Columns) -> PreferencePair | RenderedPair:
+    """Any of the conversational shapes, recognised by its columns.
+
+    Raises:
+        RowError: If the columns fit none of them, or as the shape's own format.
+    """
+    return FORMATS[recognise(row, columns)](row, columns)
+
+
+def recognise(row: Mapping[str, Any], columns: Columns) -> str:
+    """The name of the format that a row's columns fit.
+
+    Raises:
+        RowError: If they fit none.
+    """
+    chosen, rejected = row.get(columns.chosen), row.get(columns.rejected)
+    for column, value in ((columns.chosen, chosen), (columns.rejected, rejected)):
+        if not value:
+            raise RowError(f"`{column}` is {_found(value)}")
+    if _is_conversation(chosen, columns) and _is_conversation(rejected, columns):
+        return "conversations"
+    if isinstance(chosen, str) and isinstance(rejected, str) and _TURN.match(chosen):
+        return "hh_rlhf"
+    for name, column in (("messages", columns.messages), ("prompt", columns.prompt), ("question", columns.question)):
+        if row.get(column):
+            return name
+    wanted = ", ".join(f"`{name}`" for name in (columns.messages, columns.prompt, columns.question))
+    raise RowError(f"`{columns.chosen}` is {type(chosen).__name__}, and none of {wanted} says what it answers")
+
+
+def _is_conversation(value: Any, columns: Columns) -> bool:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value or not isinstance(value[0], Mapping):
+        return False
+    return columns.roles.get(str(_role(value[0], columns))) in ("system", "user")
+
+
+def _pair(
+    row: Mapping[str, Any],
+    columns: Columns,
+    prompt: Sequence[Message],
+    chosen: Sequence[Message],
+    rejected: Sequence[Message],
+) -> PreferencePair:
+    for column, messages in ((columns.chosen, chosen), (columns.rejected, rejected)):
         if messages[-1]["role"] != "assistant":
-            raise RowError(f"`{name}` ends with the {messages[-1]['role']}, not with the assistant")
-    return PreferencePair(prompt, chosen[shared:], rejected[shared:], source=_source(row, columns))
+            raise RowError(f"`{column}` ends with the {messages[-1]['role']}, not with the assistant")
+        if not messages[-1]["content"].strip() and not messages[-1].get("tool_calls"):
+            raise RowError(f"`{column}` ends with an empty answer", EMPTY)
+    if chosen == rejected:
+        raise RowError("chosen and rejected are equal", IDENTICAL)
+    kwargs = _parsed(row.get(columns.template_kwargs), columns.template_kwargs, Mapping) or {}
+    tools = _parsed(row.get(columns.tools), columns.tools, Sequence)
+    return PreferencePair(
+        prompt,
+        chosen,
+        rejected,
+        source=_source(row, columns),
+        tools=tools or None,
+        template_kwargs=_without_none(kwargs),
+    )
+
+
+def _history(row: Mapping[str, Any], column: str, columns: Columns) -> list[Message]:
+    value = row.get(column)
+    if isinstance(value, str):
+        if not value:
+            raise RowError(f"`{column}` is empty")
+        history = [Message(role="user", content=value)]
+    else:
+        history = _messages(row, column, columns)
+    system = row.get(columns.system)
+    if system:
+        if not isinstance(system, str):
+            raise RowError(f"`{columns.system}` is {type(system).__name__}, not text")
+        if history[0]["role"] == "system":
+            raise RowError(f"`{columns.system}` and `{column}` both bring a system message")
+        history.insert(0, Message(role="system", content=system))
+    if history[-1]["role"] == "assistant":
+        raise RowError(f"`{column}` ends with the assistant, so there is nothing to answer")
+    return history
+
+
+def _answers(row: Mapping[str, Any], columns: Columns) -> tuple[list[Message], list[Message]]:
+    return _answer(row, columns.chosen, columns), _answer(row, columns.rejected, columns)
+
+
+def _answer(row: Mapping[str, Any], column: str, columns: Columns) -> list[Message]:
+    value = row.get(column)
+    if isinstance(value, str):
+        return [Message(role="assistant", content=value)]
+    if isinstance(value, Mapping):
+        return [_message(value, column, columns)]
+    answer = _messages(row, column, columns)
+    if answer[0]["role"] not in ("assistant", "tool"):
+        raise RowError(f"`{column}` begins with the {answer[0]['role']}, not with what follows the prompt")
+    return answer
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    text = row.get(column)
+    if not isinstance(text, str) or not text:
+        raise RowError(f"`{column}` is {_found(text)}, not text")
+    return text
 
 
 def _messages(row: Mapping[str, Any], column: str, columns: Columns) -> list[Message]:
     raw = row.get(column)
-    if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
-        found = "missing or empty" if not raw else type(raw).__name__
-        raise RowError(f"`{column}` is {found}, not a list of messages")
+    if isinstance(raw, str) or not isinstance(raw, Sequence) or not raw:
+        raise RowError(f"`{column}` is {_found(raw)}, not a list of messages")
     return [_message(item, column, columns) for item in raw]
 
 
 def _message(item: Any, column: str, columns: Columns) -> Message:
     if not isinstance(item, Mapping):
-        raise RowError(
-            f"`{column}` holds {type(item).__name__}, not a message with {columns.role} and {columns.content}"
-        )
-    role, content = item.get(columns.role), item.get(columns.content)
+        raise RowError(f"`{column}` holds {type(item).__name__}, not a message")
+    role, content = _role(item, columns), item.get(columns.content, item.get("value"))
     if not isinstance(role, str) or role not in columns.roles:
         raise RowError(f"`{column}` has the unknown role {role!r}; known: {', '.join(columns.roles)}")
+    extras = {key: item[key] for key in _EXTRAS if item.get(key) is not None}
+    if "tool_calls" in extras:
+        extras["tool_calls"] = _parsed(extras["tool_calls"], "tool_calls", Sequence)
+        content = content if content is not None else ""
     if not isinstance(content, str):
-        raise RowError(f"`{column}` has a message whose {columns.content} is {type(content).__name__}, not text")
-    return Message(role=columns.roles[role], content=content)
+        raise RowError(f"`{column}` has a message whose {columns.content} is {_found(content)}, not text")
+    message: dict[str, Any] = {"role": columns.roles[role], "content": content, **extras}
+    return message  # type: ignore[return-value]
+
+
+def _role(item: Mapping[str, Any], columns: Columns) -> Any:
+    return item.get(columns.role, item.get("from"))
+
+
+def _parsed(value: Any, column: str, kind: type) -> Any:
+    """A list or mapping, or the JSON text of one, as data sets store them for lack of a column type."""
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RowError(f"`{column}` is text that is no JSON: {error}") from error
+    if value and (isinstance(value, str) or not isinstance(value, kind)):
+        raise RowError(f"`{column}` is {type(value).__name__}, not a {kind.__name__.lower()}")
+    return value
+
+
+def _without_none(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if value is not None}
 
 
 def _common_prefix(first: Sequence[Message], second: Sequence[Message]) -> int:
@@ -102,4 +330,19 @@ def _source(row: Mapping[str, Any], columns: Columns) -> str:
     return str(row.get(columns.source) or "")
 
 
-FORMATS: Mapping[str, PreferenceFormat] = {"chat": conversations}
+def _found(value: Any) -> str:
+    if value is None:
+        return "missing"
+    return "empty" if isinstance(value, str | Sequence) and not value else type(value).__name__
+
+
+FORMATS: Mapping[str, PreferenceFormat] = {
+    "chat": chat,
+    "conversations": conversations,
+    "ultrafeedback": ultrafeedback,
+    "prompt": prompt_answers,
+    "messages": messages_answers,
+    "question": question_answers,
+    "hh_rlhf": hh_rlhf,
+    "text": rendered_text,
+}

@@ -7,21 +7,24 @@ rendered with its generation prompt, the conversation is rendered whole, and the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
+from dpo_plugin.data.audit import EMPTY, SPECIAL
 from dpo_plugin.errors import RowError, TemplateError
 from dpo_plugin.types import Message, PreferencePair, RenderedPair
 
-# Letters only, so that no template strips, escapes or splits it.
-_PROBE = "dpoPluginProbe"
+# Letters only, so that no template strips, escapes or splits them.
+_QUESTION, _ANSWER = "dpoPluginQuestion", "dpoPluginAnswer"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PairIds:
-    """Token ids of a pair: ``prompt + chosen`` are the ids of the whole text."""
+    """Token ids of a pair: ``prompt + chosen`` and ``prompt + rejected`` are the ids of the whole texts."""
 
     prompt: list[int]
     chosen: list[int]
@@ -32,19 +35,27 @@ class Renderer:
     """Renders pairs with one tokenizer and its chat template.
 
     Args:
-        tokenizer: A fast tokenizer with a chat template.
+        tokenizer: A fast tokenizer.
         template: A Jinja chat template that replaces the tokenizer's own.
         name: What to call the template in messages.
+        template_kwargs: Arguments of the chat template for every row; a row's own come on top.
+        refuse_special_tokens: Refuse a row whose messages contain the text of a special token, which the tokenizer
+            would turn into that token.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None, name: str = "the tokenizer's chat template"):
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | None = None,
+        name: str = "the tokenizer's chat template",
+        template_kwargs: Mapping[str, Any] | None = None,
+        refuse_special_tokens: bool = True,
+    ):
         self.tokenizer = tokenizer
-        self.template = template
+        self.template = template or tokenizer.chat_template
         self.name = name
-        if not (template or tokenizer.chat_template):
-            raise TemplateError(
-                "the tokenizer has no chat template. Write, for a Qwen2.5 model: chat_template: qwen_25"
-            )
+        self.template_kwargs = dict(template_kwargs or {})
+        self.refuse_special_tokens = refuse_special_tokens
 
     def text(self, messages: Sequence[Message], pair: PreferencePair, generate: bool) -> str:
         """The template applied to messages, with or without its generation prompt.
@@ -59,76 +70,170 @@ class Renderer:
                 chat_template=self.template,
                 add_generation_prompt=generate,
                 tokenize=False,
-                **pair.template_kwargs,
+                **{**self.template_kwargs, **pair.template_kwargs},
             )
         except Exception as error:  # Jinja raises whatever the template's author chose
             raise RowError(f"{self.name} refuses the conversation: {error}") from error
         return rendered
 
-    def render(self, pair: PreferencePair) -> RenderedPair:
+    def render(self, pair: PreferencePair | RenderedPair) -> RenderedPair:
         """Prompt and completions as text; ``prompt + completion`` is the template's text up to its end of turn.
 
         Raises:
-            RowError: If this conversation cannot be split or a completion is empty.
-            TemplateError: If the template can split no conversation.
+            RowError: If this conversation cannot be split, or a message contains a special token.
+            TemplateError: If the template can split no conversation at all.
         """
+        if isinstance(pair, RenderedPair):
+            return self._finish_text(pair)
+        if self.refuse_special_tokens:
+            self._refuse_special_tokens([*pair.prompt, *pair.chosen, *pair.rejected])
+        end = self.end_of_turn
         prompt = self.text(pair.prompt, pair, generate=True)
-        return RenderedPair(
-            prompt, self._completion(prompt, pair, pair.chosen), self._completion(prompt, pair, pair.rejected)
-        )
+        chosen = self._completion(prompt, pair, pair.chosen, end)
+        return RenderedPair(prompt, chosen, self._completion(prompt, pair, pair.rejected, end), pair.source)
 
-    def _completion(self, prompt: str, pair: PreferencePair, answer: Sequence[Message]) -> str:
+    def _completion(self, prompt: str, pair: PreferencePair, answer: Sequence[Message], end_of_turn: str) -> str:
         whole = self.text([*pair.prompt, *answer], pair, generate=False)
         if not whole.startswith(prompt):
-            raise RowError(f"{self.name} renders the prompt differently once an answer follows")
+            raise RowError(
+                f"{self.name} renders the prompt differently once an answer follows: {_parting(prompt, whole)}"
+            )
         completion = whole[len(prompt) :]
-        end = completion.rfind(self.end_of_turn)
+        end = completion.rfind(end_of_turn)
         if end < 0:
-            raise RowError(f"{self.name} writes no end of turn {self.end_of_turn!r} after the answer")
-        if end == 0:
-            raise RowError("the completion is empty")
-        return completion[: end + len(self.end_of_turn)]
+            raise RowError(f"{self.name} writes no end of turn {end_of_turn!r} after the answer")
+        if not completion[:end].strip():
+            raise RowError("the completion is empty", EMPTY)
+        return completion[: end + len(end_of_turn)]
+
+    def _finish_text(self, pair: RenderedPair) -> RenderedPair:
+        prompt, (chosen, rejected) = pair.prompt, (self._ended(pair.chosen), self._ended(pair.rejected))
+        bos = self.tokenizer.bos_token
+        if bos and self._adds_bos and not prompt.startswith(bos):
+            prompt = bos + prompt
+        return RenderedPair(prompt, chosen, rejected, pair.source)
+
+    def _ended(self, text: str) -> str:
+        bare = text.rstrip()
+        return bare if any(bare.endswith(token) for token in self._control_tokens) else text + self.tokenizer.eos_token
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        return bool(self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id])
+
+    def _refuse_special_tokens(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            text = " ".join(str(value) for key, value in message.items() if key != "role")
+            if found := self._control_token.search(text):
+                raise RowError(f"the {message['role']}'s text contains the special token {found[0]!r}", SPECIAL)
+
+    @cached_property
+    def _control_token(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._control_tokens)) or "(?!)")
+
+    @cached_property
+    def _control_tokens(self) -> list[str]:
+        """Texts that the tokenizer turns into control tokens, longest first."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {str(token) for token in added if token.special} | set(self.tokenizer.all_special_tokens)
+        return sorted(special, key=len, reverse=True)
 
     @cached_property
     def end_of_turn(self) -> str:
-        """The special tokens that the template writes right after an answer, e.g. ``<|im_end|>``.
+        """What the template writes right after an answer to end it, e.g. ``<|im_end|>``; one or more special tokens.
 
         Raises:
-            TemplateError: If no special token follows an answer.
+            TemplateError: If the template cannot render one question and one answer, does not continue its own
+                generation prompt, or ends an answer with no special token.
         """
-        probe = PreferencePair([Message(role="user", content="Hi")], [Message(role="assistant", content=_PROBE)], [])
-        try:
-            whole = self.text([*probe.prompt, *probe.chosen], probe, generate=False)
-        except RowError as error:
-            raise TemplateError(f"{self.name} cannot render one user turn and one answer: {error}") from error
-        rest = whole[whole.rfind(_PROBE) + len(_PROBE) :].lstrip()
-        end = ""
-        while special := next((token for token in self._special_tokens if rest.startswith(token)), None):
-            end += special
-            rest = rest[len(special) :]
-        if not end:
+        if not self.template:
             raise TemplateError(
-                f"{self.name} ends an answer with {rest[:40]!r}, which is no special token of the tokenizer, so the "
+                "the tokenizer has no chat template. Write, for a model that has none of its own: chat_template: chatml"
+            )
+        ask, answer = Message(role="user", content=_QUESTION), Message(role="assistant", content=_ANSWER)
+        probe = PreferencePair([ask], [answer], [])
+        try:
+            prompt, whole = self.text([ask], probe, generate=True), self.text([ask, answer], probe, generate=False)
+        except RowError as error:
+            raise TemplateError(f"{error}, which is one question and one answer") from error
+        if not whole.startswith(prompt):
+            raise TemplateError(
+                f"{self.name} does not continue its own generation prompt: {_parting(prompt, whole)}. Write another "
+                "`chat_template`, or, for a template with thinking, try: chat_template_kwargs: {enable_thinking: true}"
+            )
+        end = self._stop_run(prompt, whole)
+        if not end:
+            after = whole.rpartition(_ANSWER)[2]
+            raise TemplateError(
+                f"{self.name} ends an answer with {after[:40]!r}, which is no special token of the tokenizer, so the "
                 "model could not learn to stop. Write: chat_template: <one that fits the base model>"
             )
         return end
 
     @cached_property
-    def _special_tokens(self) -> list[str]:
+    def end_of_turn_ids(self) -> list[int]:
+        """Token ids of `end_of_turn`; empty without a chat template."""
+        return self._ids([self.end_of_turn])[0] if self.template else []
+
+    def _stop_run(self, prompt: str, whole: str) -> str:
+        """The special tokens after the answer, up to and with the first that also ends a user's turn or the text."""
+        rest = whole.rpartition(_ANSWER)[2].lstrip()
+        stops = {self.tokenizer.eos_token, self._leading_token(prompt.rpartition(_QUESTION)[2].lstrip())}
+        run: list[str] = []
+        while token := self._leading_token(rest):
+            run.append(token)
+            if token in stops:
+                return "".join(run)
+            rest = rest[len(token) :]
+        return run[0] if run else ""
+
+    def _leading_token(self, text: str) -> str:
+        return next((token for token in self._all_tokens if text.startswith(token)), "")
+
+    @cached_property
+    def _all_tokens(self) -> list[str]:
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
-        return sorted(added | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
+        return sorted(added | set(self._control_tokens), key=len, reverse=True)
 
     def tokenize(self, pairs: Sequence[RenderedPair]) -> list[PairIds]:
-        """Token ids of rendered pairs, each text tokenised once, in one batch.
+        """Token ids of rendered pairs, in one batch.
+
+        A tokenizer splits a text at its special tokens before anything else, so the text before the prompt's last
+        special token is tokenised once, and only what follows it is tokenised with each completion. Where that does
+        not give the ids of the whole text, as the first pairs of a batch show, whole texts are tokenised.
 
         A token that spans the end of the prompt (a line break that merges with the answer's first) belongs to the
         completions: the prompt's ids are what prompt, prompt + chosen and prompt + rejected begin with in common.
         """
-        texts = [
-            text for pair in pairs for text in (pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected)
-        ]
-        ids = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
+        probes = pairs[:8]
+        if self._tokenize_parts(probes) != self._tokenize_whole(probes):
+            return self._tokenize_whole(pairs)
+        return self._tokenize_parts(pairs)
+
+    def _tokenize_whole(self, pairs: Sequence[RenderedPair]) -> list[PairIds]:
+        texts = [(pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected) for pair in pairs]
+        ids = self._ids(list(chain.from_iterable(texts)))
         return [split_ids(*ids[start : start + 3]) for start in range(0, len(ids), 3)]
+
+    def _tokenize_parts(self, pairs: Sequence[RenderedPair]) -> list[PairIds]:
+        texts: list[str] = []
+        for pair in pairs:
+            cut = max((pair.prompt.rfind(token) for token in self._control_tokens), default=0)
+            cut = max(cut, 0)
+            head, tail = pair.prompt[:cut], pair.prompt[cut:]
+            texts += (head, tail, tail + pair.chosen, tail + pair.rejected)
+        ids = self._ids(texts)
+        found = []
+        for start in range(0, len(ids), 4):
+            part = split_ids(*ids[start + 1 : start + 4])
+            found.append(PairIds(ids[start] + part.prompt, part.chosen, part.rejected))
+        return found
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        return ids
 
 
 def split_ids(prompt: list[int], with_chosen: list[int], with_rejected: list[int]) -> PairIds:
@@ -137,3 +242,12 @@ def split_ids(prompt: list[int], with_chosen: list[int], with_rejected: list[int
     while with_chosen[:boundary] != prompt[:boundary] or with_rejected[:boundary] != prompt[:boundary]:
         boundary -= 1
     return PairIds(prompt[:boundary], with_chosen[boundary:], with_rejected[boundary:])
+
+
+def _parting(prompt: str, whole: str) -> str:
+    """Where two texts part, for messages."""
+    same = next(
+        (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
+    )
+    before, ours, theirs = prompt[max(0, same - 20) : same], prompt[same : same + 30], whole[same : same + 30]
+    return f"after {before!r} it writes {ours!r}, then {theirs!r}"

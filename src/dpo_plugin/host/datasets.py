@@ -1,84 +1,173 @@
-"""Preference data through axolotl's config: our formats become token ids before any model is loaded."""
+"""Preference data through axolotl's config: token ids before any model is loaded, and an audit of every row."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.loaders import load_tokenizer
-from axolotl.utils.data.shared import load_dataset_with_config
+from axolotl.utils.chat_templates import get_chat_template_from_config
+from axolotl.utils.data.shared import create_train_validation_split, load_dataset_with_config, merge_datasets
 from axolotl.utils.dict import DictDefault
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict
 
-from dpo_plugin.data.formats import Columns
+from dpo_plugin.config import DataConfig
+from dpo_plugin.data.audit import audit_lines
+from dpo_plugin.data.formats import ROLES, Columns, PreferenceFormat, conversations, messages_answers
+from dpo_plugin.data.prepare import LengthLimit, Preparation, PrepareOptions
 from dpo_plugin.data.render import Renderer
-from dpo_plugin.errors import DataError, RowError
+from dpo_plugin.data.sources import RowSource, local_source
+from dpo_plugin.errors import DataError
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.settings import PREFIX, RunSettings
 from dpo_plugin.registry import get_registry
+from dpo_plugin.types import PreferencePair
+
+
+def _last_messages(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
+    """``chat_template.default`` of axolotl: of an answer that is a message list, the last message counts."""
+    last = {
+        column: row[column][-1]
+        for column in (columns.chosen, columns.rejected)
+        if isinstance(row.get(column), list) and row[column]
+    }
+    return messages_answers({**row, **last}, columns)
+
+
+# Host types that cut short answers at the wrong place (axolotl 0.19, prompt_strategies/dpo/chat_template.py:109,230)
+# are read by ours, which mean the same.
+HOST_TYPES: Mapping[str, PreferenceFormat] = {
+    "chat_template": _last_messages,
+    "chat_template.default": _last_messages,
+    "chat_template.argilla_chat": conversations,
+}
 
 
 def load_datasets(cfg: Any, settings: RunSettings) -> TrainDatasetMeta | None:
-    """Training and evaluation pairs as token ids; None if a data set is of a host type."""
-    entries = [*settings.datasets, *settings.test_datasets]
-    if not all(str(entry.get("type")).startswith(PREFIX) for entry in entries):
+    """Training and evaluation pairs as token ids, their audits printed and saved; None leaves it to the host.
+
+    The host prepares the data where a data set is of one of its other types (``chatml.intel``, ``user_defined``, …) or
+    ``skip_prepare_dataset`` is set.
+    """
+    if cfg.skip_prepare_dataset or not all(map(is_ours, [*settings.datasets, *settings.test_datasets])):
         return None
-    renderer = Renderer(load_tokenizer(cfg))
-    train = _load_split(cfg, settings.datasets, "datasets", renderer)
-    test = _load_split(cfg, settings.test_datasets, "test_datasets", renderer) if settings.test_datasets else None
-    if cfg.shuffle_merged_datasets is not False and not cfg.curriculum_sampling:
-        train = train.shuffle(seed=cfg.seed or 42)
-    if test is None and cfg.val_set_size:
-        parts = train.train_test_split(test_size=cfg.val_set_size, seed=cfg.seed or 42)
-        train, test = parts["train"], parts["test"]
+    parts, audits = prepare_all(cfg, settings)
+    report_audits(audits, Path(cfg.output_dir))
+    train = merge_datasets(parts["datasets"], cfg)
+    if parts["test_datasets"]:
+        test = merge_datasets(parts["test_datasets"], cfg)
+    else:
+        train, test = create_train_validation_split(train, cfg, cfg.val_set_size) if cfg.val_set_size else (train, None)
     steps = math.ceil(len(train) * cfg.num_epochs / cfg.batch_size)
     return TrainDatasetMeta(train_dataset=train, eval_dataset=test, total_num_steps=steps)
 
 
-def _load_split(cfg: Any, entries: list[dict[str, Any]], key: str, renderer: Renderer) -> Dataset:
-    return concatenate_datasets(
-        [_prepare(cfg, entry, f"{key}[{index}]", renderer) for index, entry in enumerate(entries)]
+def is_ours(entry: Mapping[str, Any]) -> bool:
+    """Whether a dataset entry is read by dpo_plugin."""
+    kind = entry.get("type")
+    return isinstance(kind, str) and (kind.startswith(PREFIX) or kind in HOST_TYPES)
+
+
+def prepare_all(cfg: Any, settings: RunSettings) -> tuple[dict[str, list[Dataset]], list[dict[str, Any]]]:
+    """Every data set of a config, prepared or read from the store.
+
+    Returns:
+        ``datasets`` and ``test_datasets`` → their parts, and one audit per part.
+    """
+    tokenizer = load_tokenizer(cfg)
+    folder = Path(cfg.dataset_prepared_path or "last_run_prepared")
+    parts: dict[str, list[Dataset]] = {"datasets": [], "test_datasets": []}
+    audits = []
+    for key, entries in (("datasets", settings.datasets), ("test_datasets", settings.test_datasets)):
+        for index, entry in enumerate(entries):
+            data, audit = preparation(cfg, settings, entry, f"{key}[{index}]", tokenizer).load_or_run(folder)
+            parts[key].append(data)
+            audits.append(audit)
+    return parts, audits
+
+
+def preparation(cfg: Any, settings: RunSettings, entry: Mapping[str, Any], where: str, tokenizer: Any) -> Preparation:
+    """The preparation of one dataset entry, with the entry's own keys over the section's."""
+    data = settings.config.data
+    kind = str(entry["type"])
+    read = HOST_TYPES[kind] if kind in HOST_TYPES else get_registry().formats[kind.removeprefix(PREFIX)]
+    choice = entry.get("chat_template") or cfg.chat_template
+    renderer = Renderer(
+        tokenizer,
+        get_chat_template_from_config(cfg, DictDefault(entry), tokenizer) if choice else None,
+        name=f"chat_template {choice}" if choice else "the tokenizer's chat template",
+        template_kwargs=cfg.chat_template_kwargs or {},
+        refuse_special_tokens=data.special_tokens == "refuse",
     )
+    strategy: Any = (cfg.excess_length_strategy or "drop").lower()
+    options = PrepareOptions(
+        limit=LengthLimit(cfg.sequence_len, strategy, data.truncation_side),
+        columns=_columns(data, entry),
+        sample_fraction=data.sample_fraction,
+        seed=cfg.seed or 42,
+        drop_duplicates=bool(cfg.dataset_exact_deduplication),
+        max_bad_rows=data.max_bad_rows,
+    )
+    return Preparation(where, _source(cfg, entry, where), read, renderer, options)
 
 
-def _prepare(cfg: Any, entry: dict[str, Any], where: str, renderer: Renderer) -> Dataset:
-    rows = load_dataset_with_config(DictDefault(entry), cfg.hf_use_auth_token, streaming=False)
+def _columns(data: DataConfig, entry: Mapping[str, Any]) -> Columns:
+    """Column names: ours by default, then ``dpo_plugin.data``, then the host's keys of the dataset entry."""
+    named = {field.name: getattr(data.columns, field.name, None) for field in fields(Columns) if field.name != "roles"}
+    properties = entry.get("message_property_mappings") or {}
+    named |= {
+        "chosen": entry.get("field_chosen") or named["chosen"],
+        "rejected": entry.get("field_rejected") or named["rejected"],
+        "messages": entry.get("field_messages") or named["messages"],
+        "role": properties.get("role") or named["role"],
+        "content": properties.get("content") or named["content"],
+    }
+    roles = {name: role for role, names in (entry.get("roles") or {}).items() for name in names}
+    return Columns(**{name: value for name, value in named.items() if value}, roles={**ROLES, **data.roles, **roles})
+
+
+def _source(cfg: Any, entry: Mapping[str, Any], where: str) -> RowSource:
+    """Rows of a local entry by our reader; of a hub, cloud or URL entry by the host's."""
+    if (source := local_source(entry)) is not None:
+        return source
+    try:
+        rows = load_dataset_with_config(DictDefault(entry), cfg.hf_use_auth_token, streaming=False)
+    except Exception as error:  # the hub, the clouds and datasets raise errors of their own kinds
+        raise DataError(f"`{where}.path: {entry['path']}` cannot be loaded: {error}") from error
     if isinstance(rows, DatasetDict):
-        rows = rows[entry.get("split") or "train"]
-    read = get_registry().formats[entry["type"].removeprefix(PREFIX)]
-    rendered, sources, bad = [], [], []
-    for number, row in enumerate(rows, start=1):
-        try:
-            pair = read(row, Columns())
-            rendered.append(renderer.render(pair))
-            sources.append(pair.source)
-        except RowError as error:
-            bad.append(f"row {number}: {error}")
-    if not rendered:
-        raise DataError(f"`{where}` ({entry['path']}) has no usable row. {bad[0] if bad else 'It is empty.'}")
-    if bad:
-        LOG.warning(f"dpo_plugin: {where}: {len(bad)} of {len(rows)} rows left out; {'; '.join(bad[:3])}")
-    ids = renderer.tokenize(rendered)
-    return Dataset.from_dict(
-        {
-            "prompt_ids": [pair.prompt for pair in ids],
-            "chosen_ids": [pair.chosen for pair in ids],
-            "rejected_ids": [pair.rejected for pair in ids],
-            "source": sources,
-        }
-    )
+        split = entry.get("split") or ("train" if where.startswith("datasets") else "test")
+        if split not in rows:
+            raise DataError(f"`{where}` ({entry['path']}) has no split {split!r}. Write: split: {next(iter(rows))}")
+        rows = rows[split]
+    return RowSource(str(entry["path"]), rows._fingerprint, lambda: rows)
+
+
+def report_audits(audits: Sequence[Mapping[str, Any]], output_dir: Path) -> None:
+    """Print the audits and write ``data_audit.json``, on one process."""
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "data_audit.json").write_text(json.dumps({"datasets": list(audits)}, indent=2), encoding="utf-8")
+    LOG.info("dpo_plugin: data audit\n" + "\n".join(audit_lines(audits)))
 
 
 def host_strategy(name: str) -> Callable[..., Any]:
-    """A host prompt strategy for ``type: dpo_plugin.<name>``, for data sets that the host prepares as text."""
+    """A host prompt strategy for ``type: dpo_plugin.<name>``, for where the host prepares the data as text."""
 
     def strategy(cfg: Any, dataset_idx: int = 0, **_: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
         read = get_registry().formats[name]
+        renderer: list[Renderer] = []
 
         def transform(sample: Mapping[str, Any], tokenizer: Any = None) -> dict[str, str]:
-            pair = Renderer(tokenizer).render(read(sample, Columns()))
+            if not renderer:
+                renderer.append(Renderer(tokenizer, template_kwargs=cfg.chat_template_kwargs or {}))
+            pair = renderer[0].render(read(sample, Columns()))
             return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
 
         return transform, {"remove_columns": "__all__"}

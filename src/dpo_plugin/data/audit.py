@@ -1,0 +1,146 @@
+"""What became of every row: read, kept, cut, left out and why, by source; and how long the kept ones are."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+EMPTY = "empty completion"
+IDENTICAL = "identical pair"
+SPECIAL = "special token in text"
+TOO_LONG = "too long"
+EQUAL_AFTER_CUT = "identical after the cut"
+DUPLICATE = "duplicate"
+
+LENGTH_REASONS = frozenset({TOO_LONG, EQUAL_AFTER_CUT})
+"""Reasons that are the config's doing; every other one, but `DUPLICATE`, is the data's."""
+
+_EXAMPLES = 5
+_PERCENTILES = (50, 90, 95, 99, 100)
+
+
+@dataclass
+class Audit:
+    """Counts of one data set, collected while it is prepared.
+
+    Attributes:
+        where: The config key of the data set, e.g. ``datasets[0]``.
+        path: What it was read from.
+        read: Rows read.
+        left_out: Reason → source → rows.
+        cut: Source → rows of which something was cut.
+        shapes: Recognised format → rows.
+        kept: Source → rows kept.
+        examples: The first rows left out, with number, reason and message.
+        lengths: Prompt, chosen, rejected lengths in tokens of each kept pair.
+        full_lengths: Prompt + longer completion in tokens of each pair before any was cut or left out for length.
+    """
+
+    where: str
+    path: str
+    read: int = 0
+    left_out: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    cut: Counter[str] = field(default_factory=Counter)
+    shapes: Counter[str] = field(default_factory=Counter)
+    kept: Counter[str] = field(default_factory=Counter)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    lengths: list[tuple[int, int, int]] = field(default_factory=list)
+    full_lengths: list[int] = field(default_factory=list)
+
+    def leave_out(self, row: int, source: str, reason: str, message: str) -> None:
+        """Count a row that is not used."""
+        self.left_out[reason][source] += 1
+        if len(self.examples) < _EXAMPLES:
+            self.examples.append({"row": row, "reason": reason, "message": message})
+
+    @property
+    def bad(self) -> int:
+        """Rows that the data itself makes unusable."""
+        return sum(sum(n.values()) for reason, n in self.left_out.items() if reason not in LENGTH_REASONS | {DUPLICATE})
+
+    def length_that_keeps(self, share: float) -> int:
+        """The sequence length in tokens at which this share of the pairs fits uncut."""
+        return int(np.quantile(self.full_lengths, share, method="higher")) if self.full_lengths else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The audit as JSON-ready values; lengths in tokens, shares in [0, 1]."""
+        return {
+            "where": self.where,
+            "path": self.path,
+            "read": self.read,
+            "kept": sum(self.kept.values()),
+            "cut": sum(self.cut.values()),
+            "left_out": {reason: sum(counts.values()) for reason, counts in self.left_out.items()},
+            "formats": dict(self.shapes),
+            "by_source": self._by_source(),
+            "examples": self.examples,
+            "lengths": length_summary(self.lengths),
+            "sequence_len_for_95_percent": self.length_that_keeps(0.95),
+        }
+
+    def _by_source(self) -> dict[str, dict[str, int]]:
+        table: dict[str, dict[str, int]] = defaultdict(dict)
+        for name, counts in (("kept", self.kept), ("cut", self.cut), *self.left_out.items()):
+            for source, rows in counts.items():
+                table[source][name] = rows
+        return dict(sorted(table.items()))
+
+
+def length_summary(lengths: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+    """Percentiles and biases of pair lengths.
+
+    Args:
+        lengths: Prompt, chosen, rejected in tokens.
+
+    Returns:
+        Percentiles in tokens; ``chosen_minus_rejected`` (mean tokens) and ``chosen_longer`` (share of pairs), which
+        show length bias; ``prompt_share`` of the tokens of two whole texts.
+    """
+    if not lengths:
+        return {}
+    prompt, chosen, rejected = np.asarray(lengths).T
+    columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "pair": prompt + np.maximum(chosen, rejected)}
+    return {
+        **{name: _percentiles(values) for name, values in columns.items()},
+        "chosen_minus_rejected": round(float((chosen - rejected).mean()), 2),
+        "chosen_longer": round(float((chosen > rejected).mean()), 4),
+        "prompt_share": round(float(2 * prompt.sum() / (2 * prompt + chosen + rejected).sum()), 4),
+    }
+
+
+def _percentiles(values: Any) -> dict[str, int]:
+    found = np.percentile(values, _PERCENTILES, method="higher")
+    return {f"p{share}" if share < 100 else "max": int(value) for share, value in zip(_PERCENTILES, found, strict=True)}
+
+
+def audit_lines(audits: Iterable[Mapping[str, Any]]) -> list[str]:
+    """An audit in a few lines of plain text, for the log and the terminal.
+
+    Args:
+        audits: Values of `Audit.to_dict`.
+    """
+    lines = []
+    for audit in audits:
+        out = ", ".join(f"{reason} {rows}" for reason, rows in sorted(audit["left_out"].items())) or "none"
+        formats = ", ".join(f"{name} {rows}" for name, rows in audit["formats"].items())
+        lines.append(f"{audit['where']} {audit['path']}: {audit['read']} rows read as {formats or 'nothing'}")
+        lines.append(f"  kept {audit['kept']}, of them cut {audit['cut']}; left out: {out}")
+        lines += [f"  row {row['row']}: {row['reason']}: {row['message']}" for row in audit["examples"]]
+        sources = audit["by_source"]
+        if len(sources) > 1:
+            lines.append(
+                "  kept by source: "
+                + ", ".join(f"{name or '(none)'} {n.get('kept', 0)}" for name, n in sources.items())
+            )
+        if lengths := audit["lengths"]:
+            for name in ("prompt", "chosen", "rejected"):
+                numbers = ", ".join(f"{share} {value}" for share, value in lengths[name].items())
+                lines.append(f"  {name} tokens: {numbers}")
+            bias, longer = lengths["chosen_minus_rejected"], lengths["chosen_longer"]
+            lines.append(f"  chosen minus rejected: {bias:+.1f} tokens on average, above 0 in {longer:.0%} of pairs")
+            lines.append(f"  prompts are {lengths['prompt_share']:.0%} of all tokens")
+    return lines

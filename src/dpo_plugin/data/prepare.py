@@ -1,0 +1,311 @@
+"""Rows to token ids, once: formatted, rendered, tokenised, cut to length, counted, and stored under their content."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset, Features, Value
+from datasets import Sequence as ListOf
+from filelock import FileLock
+
+from dpo_plugin.data import formats as formats_module
+from dpo_plugin.data import render as render_module
+from dpo_plugin.data.audit import DUPLICATE, EQUAL_AFTER_CUT, LENGTH_REASONS, TOO_LONG, Audit
+from dpo_plugin.data.formats import Columns, PreferenceFormat, chat, recognise
+from dpo_plugin.data.render import PairIds, Renderer
+from dpo_plugin.data.sources import Row, RowSource
+from dpo_plugin.errors import DataError, RowError
+from dpo_plugin.types import RenderedPair
+
+_BATCH = 2000  # rows tokenised at once: enough to keep every core of the tokenizer busy
+
+FEATURES = Features(
+    {
+        "prompt_ids": ListOf(Value("int32")),
+        "chosen_ids": ListOf(Value("int32")),
+        "rejected_ids": ListOf(Value("int32")),
+        "source": Value("string"),
+        "row": Value("int64"),
+        "cut": ListOf(Value("int32")),
+    }
+)
+
+
+@dataclass(frozen=True)
+class LengthLimit:
+    """What to do with pairs that are too long.
+
+    Attributes:
+        tokens: Longest prompt + completion in tokens, special tokens counted.
+        strategy: drop the pair, truncate it, or raise.
+        side: Where truncation begins: ``right`` cuts completions, ``left`` the beginning of the prompt.
+    """
+
+    tokens: int
+    strategy: Literal["drop", "truncate", "raise"] = "drop"
+    side: Literal["left", "right"] = "right"
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """All that decides what rows become, beside tokenizer and format.
+
+    Attributes:
+        limit: The length limit.
+        columns: Column and role names.
+        sample_fraction: Share of the rows that is used, drawn at random.
+        seed: Seed of that draw.
+        drop_duplicates: Leave out pairs whose ids occurred before.
+        max_bad_rows: Share of unusable rows, in [0, 1], above which preparation stops.
+    """
+
+    limit: LengthLimit
+    columns: Columns = field(default_factory=Columns)
+    sample_fraction: float = 1.0
+    seed: int = 42
+    drop_duplicates: bool = False
+    max_bad_rows: float = 0.1
+
+
+def fit(ids: PairIds, limit: LengthLimit, end_tokens: int, bos: int | None = None) -> tuple[PairIds, list[int]] | None:
+    """Cut a pair to a length, keeping each completion's end-of-turn tokens.
+
+    Args:
+        ids: The pair.
+        limit: The limit; its strategy is not looked at.
+        end_tokens: How many tokens end a turn.
+        bos: Id that stays in front when the prompt is cut from the left.
+
+    Returns:
+        The pair and the tokens cut from prompt, chosen and rejected; None if no completion token would be left.
+    """
+    prompt = ids.prompt
+    if limit.side == "left":
+        keep = max(limit.tokens - max(len(ids.chosen), len(ids.rejected)), 1)
+        if keep < len(prompt):
+            front = prompt[:1] if prompt[0] == bos and keep > 1 else []
+            prompt = front + prompt[len(prompt) - keep + len(front) :]
+    room = limit.tokens - len(prompt)
+    if room < end_tokens + 1:
+        return None
+    chosen, rejected = (_cut_answer(answer, room, end_tokens) for answer in (ids.chosen, ids.rejected))
+    cut = [len(ids.prompt) - len(prompt), len(ids.chosen) - len(chosen), len(ids.rejected) - len(rejected)]
+    return PairIds(prompt, chosen, rejected), cut
+
+
+def _cut_answer(answer: list[int], room: int, end_tokens: int) -> list[int]:
+    if len(answer) <= room:
+        return answer
+    return answer[: room - end_tokens] + answer[len(answer) - end_tokens :]
+
+
+class Preparation:
+    """Turns one source of rows into a `Dataset` of ids and an `Audit`.
+
+    Args:
+        where: The config key, e.g. ``datasets[0]``, for messages.
+        source: The rows.
+        read: The format.
+        renderer: Tokenizer and chat template.
+        options: Everything else.
+    """
+
+    def __init__(
+        self, where: str, source: RowSource, read: PreferenceFormat, renderer: Renderer, options: PrepareOptions
+    ):
+        self.where = where
+        self.source = source
+        self.read = read
+        self.renderer = renderer
+        self.options = options
+
+    def key(self) -> str:
+        """SHA-256 over everything that the prepared ids depend on, and nothing else."""
+        renderer = self.renderer
+        options = {key: value for key, value in asdict(self.options).items() if key != "max_bad_rows"}
+        parts = {
+            "content": self.source.digest,
+            "format": [getattr(self.read, "__qualname__", repr(self.read)), _code_of(self.read)],
+            "code": _code_of(formats_module, render_module, Preparation),
+            "tokenizer": _tokenizer_digest(renderer.tokenizer),
+            "template": [renderer.template, renderer.template_kwargs, renderer.refuse_special_tokens],
+            "options": options,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def load_or_run(self, folder: Path) -> tuple[Dataset, dict[str, Any]]:
+        """The prepared data from a folder, or made and put there; safe for any number of processes.
+
+        Args:
+            folder: Where prepared data is kept, one sub-folder per key.
+
+        Returns:
+            The pairs, and the audit as `Audit.to_dict` gives it.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        store = folder / f"dpo_plugin-{self.key()[:24]}"
+        with FileLock(f"{store}.lock"):
+            if not (store / "audit.json").is_file():
+                self._run_into(store)
+        audit = json.loads((store / "audit.json").read_text(encoding="utf-8"))
+        audit |= {"where": self.where, "path": self.source.path}
+        self._check(audit)
+        return Dataset.load_from_disk(str(store)), audit
+
+    def _run_into(self, store: Path) -> None:
+        """Write next to the store and rename, so that a killed run leaves nothing that looks whole."""
+        shutil.rmtree(store, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=store.name, dir=store.parent))
+        try:
+            data, audit = self.run()
+            data.save_to_disk(str(temporary))
+            (temporary / "audit.json").write_text(json.dumps(audit.to_dict(), indent=1), encoding="utf-8")
+            temporary.replace(store)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def run(self) -> tuple[Dataset, Audit]:
+        """Prepare all rows.
+
+        Raises:
+            DataError: With ``excess_length_strategy: raise``, for the first pair that is too long.
+            TemplateError: If the chat template can split no conversation.
+        """
+        audit = Audit(self.where, self.source.path)
+        columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
+        seen: set[str] = set()
+        rendered = self._rendered(audit)
+        while batch := list(islice(rendered, _BATCH)):
+            ids = self.renderer.tokenize([pair for _, pair in batch])
+            for (number, pair), pair_ids in zip(batch, ids, strict=True):
+                self._take(columns, audit, seen, number, pair.source, pair_ids)
+        return Dataset.from_dict(columns, features=FEATURES), audit
+
+    def _rendered(self, audit: Audit) -> Iterator[tuple[int, RenderedPair]]:
+        for number, row in self._numbered():
+            audit.read += 1
+            source = str(row.get(self.options.columns.source) or "") if isinstance(row, Mapping) else ""
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                shape = recognise(row, self.options.columns) if self.read is chat else self.read.__name__
+                pair = self.renderer.render(self.read(row, self.options.columns))
+            except RowError as error:
+                audit.leave_out(number, source, error.reason, str(error))
+                continue
+            audit.shapes[shape] += 1
+            yield number, pair
+
+    def _numbered(self) -> Iterable[tuple[int, Row | RowError]]:
+        rows = self.source.read()
+        numbered = enumerate(rows, start=1)
+        if self.options.sample_fraction >= 1:
+            return numbered
+        everything = list(numbered)
+        share = round(self.options.sample_fraction * len(everything))
+        return sorted(random.Random(self.options.seed).sample(everything, share), key=lambda item: item[0])
+
+    def _take(
+        self, columns: dict[str, list[Any]], audit: Audit, seen: set[str], number: int, source: str, ids: PairIds
+    ) -> None:
+        length = len(ids.prompt) + max(len(ids.chosen), len(ids.rejected))
+        audit.full_lengths.append(length)
+        cut = [0, 0, 0]
+        if length > self.options.limit.tokens:
+            fitted = self._fit(number, ids, length)
+            if fitted is None:
+                audit.leave_out(
+                    number, source, TOO_LONG, f"{length} tokens, sequence_len is {self.options.limit.tokens}"
+                )
+                return
+            ids, cut = fitted
+            if ids.chosen == ids.rejected:
+                audit.leave_out(number, source, EQUAL_AFTER_CUT, f"{length} tokens cut to {self.options.limit.tokens}")
+                return
+            audit.cut[source] += 1
+        if self.options.drop_duplicates:
+            mark = hashlib.sha256(repr((ids.prompt, ids.chosen, ids.rejected)).encode()).hexdigest()
+            if mark in seen:
+                audit.leave_out(number, source, DUPLICATE, "the same tokens as an earlier row")
+                return
+            seen.add(mark)
+        audit.kept[source] += 1
+        audit.lengths.append((len(ids.prompt), len(ids.chosen), len(ids.rejected)))
+        for name, value in zip(FEATURES, (ids.prompt, ids.chosen, ids.rejected, source, number, cut), strict=True):
+            columns[name].append(value)
+
+    def _fit(self, number: int, ids: PairIds, length: int) -> tuple[PairIds, list[int]] | None:
+        limit = self.options.limit
+        if limit.strategy == "raise":
+            raise DataError(
+                f"{self.where} ({self.source.path}) row {number} has {length} tokens, more than `sequence_len: "
+                f"{limit.tokens}`. Write: sequence_len: {length}, or excess_length_strategy: drop"
+            )
+        if limit.strategy == "drop":
+            return None
+        return fit(ids, limit, self._end_tokens(ids), self.renderer.tokenizer.bos_token_id)
+
+    def _end_tokens(self, ids: PairIds) -> int:
+        """How many ids at the end of both completions are the end of turn: the template's, else the last one."""
+        end = self.renderer.end_of_turn_ids
+        return len(end) if end and ids.chosen[-len(end) :] == end == ids.rejected[-len(end) :] else 1
+
+    def _check(self, audit: Mapping[str, Any]) -> None:
+        """Stop if nothing, or too little, is left.
+
+        Raises:
+            DataError: Saying what to change.
+        """
+        out: Mapping[str, int] = audit["left_out"]
+        too_long = sum(out.get(reason, 0) for reason in LENGTH_REASONS)
+        bad = sum(out.values()) - too_long - out.get(DUPLICATE, 0)
+        named = f"`{self.where}` ({self.source.path})"
+        first = "; ".join(f"row {row['row']}: {row['message']}" for row in audit["examples"][:3])
+        if not audit["read"]:
+            raise DataError(f"{named} is empty. Write: path: <a file with rows>")
+        if not audit["kept"] and too_long > bad:
+            fits = audit["sequence_len_for_95_percent"]
+            raise DataError(
+                f"{named}: with `sequence_len: {self.options.limit.tokens}` no completion token survives in any of "
+                f"{too_long} pairs. 95 % of the pairs fit in {fits} tokens. Write: sequence_len: {fits}"
+            )
+        if not audit["kept"]:
+            raise DataError(f"{named} has no usable row out of {audit['read']}. {first}")
+        share = bad / audit["read"]
+        if share > self.options.max_bad_rows:
+            raise DataError(
+                f"{named}: {bad} of {audit['read']} rows ({share:.0%}) cannot be used, more than "
+                f"`dpo_plugin.data.max_bad_rows: {self.options.max_bad_rows}` allows. {first}. "
+                f"Mend the data, or write: max_bad_rows: {share + 0.005:.2f}"
+            )
+
+
+@cache
+def _tokenizer_digest(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(f"{content}{tokenizer.special_tokens_map}".encode()).hexdigest()
+
+
+def _code_of(*things: Any) -> str:
+    """Digest of the source files in which things are defined, so that changed code never reads old ids."""
+    digest = hashlib.sha256()
+    for thing in things:
+        module = thing if inspect.ismodule(thing) else sys.modules[thing.__module__]
+        try:
+            digest.update(inspect.getsource(module).encode())
+        except (OSError, TypeError):
+            digest.update(repr(thing).encode())
+    return digest.hexdigest()
