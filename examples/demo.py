@@ -18,6 +18,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from dpo_plugin.data.audit import audit_lines
+
 # From the preference set; a model of two million parameters knows little else.
 QUESTIONS = [
     "Are you open on Sunday?",
@@ -74,8 +76,10 @@ def main() -> int:
         parser.add_argument(name, type=Path)
     arguments = parser.parse_args()
     disable_progress_bar()
+    audit = json.loads((arguments.dpo / "data_audit.json").read_text(encoding="utf-8"))
     first, last, held_out = numbers(history(arguments.dpo))
     console = Console(soft_wrap=True)
+    console.print("\n".join(["Data audit", *audit_lines(audit["datasets"])]), highlight=False, markup=False)
     console.print(result_table(first, last, held_out))
     table = Table(
         "question", "reference (SFT adapter)", "policy (DPO adapter)", title="Greedy answers", show_lines=True

@@ -82,8 +82,8 @@ def train(model: Qwen2ForCausalLM, rows: list[list[int]], steps: int, batch_size
         length = max(map(len, batch))
         ids = torch.tensor([row + [0] * (length - len(row)) for row in batch])
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in batch])
-        # A seventh of the input tokens are wrong, so that the model learns sentences instead of whole rows by heart.
-        wrong = (torch.rand(ids.shape) < 1 / 7) & (ids >= len(SPECIAL))
+        # At first a seventh of the input tokens are wrong, so that the model does not learn whole rows by heart.
+        wrong = (torch.rand(ids.shape) < max(0, 1 - step / (0.7 * steps)) / 7) & (ids >= len(SPECIAL))
         noisy = torch.where(wrong, torch.randint(len(SPECIAL), model.config.vocab_size, ids.shape), ids)
         loss = model(input_ids=noisy, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
         loss.backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import random
 import shutil
 import sys
@@ -206,7 +207,21 @@ class Preparation:
                 audit.leave_out(number, source, error.reason, str(error))
                 continue
             audit.shapes[shape] += 1
+            if (at_least := self._tokens_at_least(pair)) > self.options.limit.tokens:
+                audit.full_lengths.append(at_least)
+                audit.leave_out(number, source, TOO_LONG, f"at least {at_least} tokens, not tokenised")
+                continue
             yield number, pair
+
+    def _tokens_at_least(self, pair: RenderedPair) -> int:
+        """A lower bound that spares tokenising texts of megabytes, which takes minutes; 0 unless they are dropped.
+
+        No token is longer than the vocabulary's longest, and no normaliser makes a text four times shorter.
+        """
+        if self.options.limit.strategy != "drop":
+            return 0
+        length = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+        return length // (4 * self.renderer.longest_token)
 
     def _numbered(self) -> Iterable[tuple[int, Row | RowError]]:
         rows = self.source.read()
@@ -288,7 +303,7 @@ class Preparation:
             raise DataError(
                 f"{named}: {bad} of {audit['read']} rows ({share:.0%}) cannot be used, more than "
                 f"`dpo_plugin.data.max_bad_rows: {self.options.max_bad_rows}` allows. {first}. "
-                f"Mend the data, or write: max_bad_rows: {share + 0.005:.2f}"
+                f"Mend the data, or write: max_bad_rows: {math.ceil(100 * share) / 100}"
             )
 
 

@@ -195,6 +195,11 @@ class Renderer:
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
         return sorted(added | set(self._control_tokens), key=len, reverse=True)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Length of the vocabulary's longest token, in the characters that the vocabulary is written in."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
     def tokenize(self, pairs: Sequence[RenderedPair]) -> list[PairIds]:
         """Token ids of rendered pairs, in one batch.
 

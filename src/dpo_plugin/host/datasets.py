@@ -23,7 +23,7 @@ from dpo_plugin.data.formats import ROLES, Columns, PreferenceFormat, conversati
 from dpo_plugin.data.prepare import LengthLimit, Preparation, PrepareOptions
 from dpo_plugin.data.render import Renderer
 from dpo_plugin.data.sources import RowSource, local_source
-from dpo_plugin.errors import DataError
+from dpo_plugin.errors import ConfigError, DataError
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.settings import PREFIX, RunSettings
 from dpo_plugin.registry import get_registry
@@ -55,9 +55,9 @@ def load_datasets(cfg: Any, settings: RunSettings) -> TrainDatasetMeta | None:
     The host prepares the data where a data set is of one of its other types (``chatml.intel``, ``user_defined``, …) or
     ``skip_prepare_dataset`` is set.
     """
-    if cfg.skip_prepare_dataset or not all(map(is_ours, [*settings.datasets, *settings.test_datasets])):
+    if cfg.skip_prepare_dataset or _host_entries(settings):
         return None
-    parts, audits = prepare_all(cfg, settings)
+    _, parts, audits = prepare_all(cfg, settings)
     report_audits(audits, Path(cfg.output_dir))
     train = merge_datasets(parts["datasets"], cfg)
     if parts["test_datasets"]:
@@ -68,18 +68,23 @@ def load_datasets(cfg: Any, settings: RunSettings) -> TrainDatasetMeta | None:
     return TrainDatasetMeta(train_dataset=train, eval_dataset=test, total_num_steps=steps)
 
 
-def is_ours(entry: Mapping[str, Any]) -> bool:
-    """Whether a dataset entry is read by dpo_plugin."""
-    kind = entry.get("type")
-    return isinstance(kind, str) and (kind.startswith(PREFIX) or kind in HOST_TYPES)
+def _host_entries(settings: RunSettings) -> list[str]:
+    """The types of dataset entries that only the host can read."""
+    kinds = [entry.get("type") for entry in [*settings.datasets, *settings.test_datasets]]
+    return [str(kind) for kind in kinds if not (str(kind).startswith(PREFIX) or str(kind) in HOST_TYPES)]
 
 
-def prepare_all(cfg: Any, settings: RunSettings) -> tuple[dict[str, list[Dataset]], list[dict[str, Any]]]:
+def prepare_all(cfg: Any, settings: RunSettings) -> tuple[Any, dict[str, list[Dataset]], list[dict[str, Any]]]:
     """Every data set of a config, prepared or read from the store.
 
     Returns:
-        ``datasets`` and ``test_datasets`` → their parts, and one audit per part.
+        The tokenizer; ``datasets`` and ``test_datasets`` → their parts; and one audit per part.
+
+    Raises:
+        ConfigError: If a data set is of a type that only the host can read.
     """
+    if host := _host_entries(settings):
+        raise ConfigError(f"`type: {host[0]}` is prepared by axolotl itself. Write: type: dpo_plugin.chat")
     tokenizer = load_tokenizer(cfg)
     folder = Path(cfg.dataset_prepared_path or "last_run_prepared")
     parts: dict[str, list[Dataset]] = {"datasets": [], "test_datasets": []}
@@ -89,7 +94,7 @@ def prepare_all(cfg: Any, settings: RunSettings) -> tuple[dict[str, list[Dataset
             data, audit = preparation(cfg, settings, entry, f"{key}[{index}]", tokenizer).load_or_run(folder)
             parts[key].append(data)
             audits.append(audit)
-    return parts, audits
+    return tokenizer, parts, audits
 
 
 def preparation(cfg: Any, settings: RunSettings, entry: Mapping[str, Any], where: str, tokenizer: Any) -> Preparation:
