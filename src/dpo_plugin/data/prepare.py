@@ -6,19 +6,23 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import random
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
+from datasets.table import InMemoryTable
 from filelock import FileLock
 
 from dpo_plugin.data import formats as formats_module
@@ -135,7 +139,8 @@ class Preparation:
     def key(self) -> str:
         """SHA-256 over everything that the prepared ids depend on, and nothing else."""
         renderer = self.renderer
-        options = {key: value for key, value in asdict(self.options).items() if key != "max_bad_rows"}
+        unused = {"max_bad_rows", *(["seed"] if self.options.sample_fraction >= 1 else [])}
+        options = {key: value for key, value in asdict(self.options).items() if key not in unused}
         parts = {
             "content": self.source.digest,
             "format": [getattr(self.read, "__qualname__", repr(self.read)), _code_of(self.read)],
@@ -189,10 +194,12 @@ class Preparation:
         seen: set[str] = set()
         rendered = self._rendered(audit)
         while batch := list(islice(rendered, _BATCH)):
-            ids = self.renderer.tokenize([pair for _, pair in batch])
+            with _every_core():
+                ids = self.renderer.tokenize([pair for _, pair in batch])
             for (number, pair), pair_ids in zip(batch, ids, strict=True):
                 self._take(columns, audit, seen, number, pair.source, pair_ids)
-        return Dataset.from_dict(columns, features=FEATURES), audit
+        table = pa.table(columns, schema=FEATURES.arrow_schema)  # Dataset.from_dict would encode value by value
+        return Dataset(InMemoryTable(table)), audit
 
     def _rendered(self, audit: Audit) -> Iterator[tuple[int, RenderedPair]]:
         for number, row in self._numbered():
@@ -305,6 +312,20 @@ class Preparation:
                 f"`dpo_plugin.data.max_bad_rows: {self.options.max_bad_rows}` allows. {first}. "
                 f"Mend the data, or write: max_bad_rows: {math.ceil(100 * share) / 100}"
             )
+
+
+@contextmanager
+def _every_core() -> Iterator[None]:
+    """Let the tokenizer use every core; axolotl turns that off at import, for the sake of later forks."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 @cache

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from torch import Tensor, nn
 
-from dpo_plugin.compute.batching import to_pair_batch
+from dpo_plugin.compute.batching import PairCollator, to_pair_batch
 from dpo_plugin.compute.logps import pair_logps, run_model, total_loss
 from dpo_plugin.compute.losses import LossOptions
 from dpo_plugin.errors import ConfigError, ReferenceMismatchError
@@ -42,6 +43,7 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
         base = model
         if peft_config is not None:
             model = attach(base, self._settings.policy or peft_config, self._settings.reference)
+        kwargs["data_collator"] = _collator(kwargs)
         super().__init__(*self._for_trl(model, ref_model), **kwargs)
         if isinstance(model, PolicyReferenceModel):
             model.train_only_policy()
@@ -145,6 +147,16 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
         means = self._means[mode].result(lambda values: self.accelerator.reduce(values, reduction="sum"))
         logs.update({f"{prefix}{name}": value for name, value in means.items()})
         super().log(logs, start_time)
+
+
+def _collator(kwargs: Mapping[str, Any]) -> PairCollator:
+    """Our collator, which keeps sources, in place of TRL's or of the host's.
+
+    The host's, for ``pad_to_multiple_of``, looks for ``*_input_ids``, which TRL 1.9 no longer makes
+    (axolotl 0.19, utils/collators/dpo.py); tests/integration/test_data_runs.py holds the key.
+    """
+    multiple = getattr(kwargs.get("data_collator"), "pad_to_multiple_of", None) or kwargs["args"].pad_to_multiple_of
+    return PairCollator(kwargs["processing_class"].pad_token_id, multiple)
 
 
 def save_policy_instead_of_base(base: nn.Module, policy: PolicyReferenceModel) -> None:
