@@ -19,13 +19,25 @@ class ReferenceConfig(_Section):
 
     strategy: str | None = Field(
         default=None,
-        description="adapter, base, model, or any registered reference strategy. Default: adapter if lora_model_dir "
-        "is set, base for a fresh LoRA, model for full fine-tuning.",
+        description="adapter, base, model, ema, none, or any registered reference strategy. Default: adapter if "
+        "lora_model_dir is set, base for a fresh LoRA, model for full fine-tuning.",
     )
     adapter_dir: str | None = Field(
         default=None,
-        description="Folder of the frozen reference adapter, for strategy: adapter. Default: lora_model_dir.",
+        description="Folder of the reference adapter, for strategy: adapter or ema. Default: lora_model_dir.",
     )
+    cache: bool | str | None = Field(
+        default=None,
+        description="Keep the reference's log-probs on disk: true (beside dataset_prepared_path), false, or a folder. "
+        "Default: true for a reference that stays as it is.",
+    )
+    ema_alpha: float = Field(
+        default=0.6,
+        gt=0,
+        le=1,
+        description="Strategy ema: share of the policy that an update mixes into the reference.",
+    )
+    ema_steps: int = Field(default=512, ge=1, description="Strategy ema: optimizer steps between updates.")
 
 
 class ColumnsConfig(_Section):

@@ -41,5 +41,9 @@ class TemplateError(DPOPluginError):
     """The chat template cannot say which tokens of a conversation are the completion."""
 
 
+class CheckpointError(DPOPluginError):
+    """A checkpoint is torn, not ours, or was made with another reference."""
+
+
 class ReferenceMismatchError(DPOPluginError):
     """Policy and reference should be equal at step 0 and are not."""

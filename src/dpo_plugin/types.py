@@ -60,15 +60,15 @@ class PairBatch:
         input_ids: (2 * pairs, length) token ids.
         attention_mask: (2 * pairs, length), 1 where a token is.
         completion_mask: (2 * pairs, length), 1 on completion tokens.
-        ref_logps: (pairs, 2) fp32 nats, or None when the reference has to be run.
         sources: One source per pair.
+        keys: One digest of the exact token ids per pair, for the store of reference log-probs.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     completion_mask: Tensor
-    ref_logps: Tensor | None = None
     sources: Sequence[str] = ()
+    keys: Sequence[bytes] = ()
 
     @property
     def pairs(self) -> int:

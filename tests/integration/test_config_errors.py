@@ -41,12 +41,12 @@ def prepare(config, folder):
         (
             {"dpo_plugin": {"reference": {"strat": "x"}}},
             ConfigError,
-            "`dpo_plugin.reference.strat`. Known: adapter_dir, strategy",
+            "`dpo_plugin.reference.strat`. Known: adapter_dir, cache, ema_alpha, ema_steps, strategy",
         ),
         (
             {"dpo_plugin": {"reference": {"strategy": "adaptr"}}},
             ConfigError,
-            "'adaptr'.*Known: adapter, base, model.*: adapter",
+            "'adaptr'.*Known: adapter, base, ema, model, none.*: adapter",
         ),
         (
             {"dpo_plugin": {"metrics": ["rewards/margin"]}},

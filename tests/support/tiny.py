@@ -97,6 +97,9 @@ def dpo_config(base_dir: Path, output_dir: Path, **settings: Any) -> dict[str, A
         "bf16": False,
         "tf32": False,
         "attn_implementation": "sdpa",
+        "lora_mlp_kernel": False,  # these kernels need a GPU
+        "lora_qkv_kernel": False,
+        "lora_o_kernel": False,
         "gradient_checkpointing": False,
         "logging_steps": 1,
         "save_strategy": "steps",

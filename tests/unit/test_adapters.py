@@ -10,8 +10,10 @@ from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from dpo_plugin.compute.logps import run_model
 from dpo_plugin.errors import AdapterError
 from dpo_plugin.model.adapters import POLICY, REFERENCE, AdapterFolder, adapter_digest, adapter_tensors, attach
+from dpo_plugin.types import PairBatch
 from tests.support import tiny
 
 KINDS = {
@@ -19,6 +21,8 @@ KINDS = {
     "dora": {"use_dora": True},
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "modules_to_save": {"modules_to_save": ["norm"]},
+    "tied embedding": {"modules_to_save": ["embed_tokens"]},
+    "tokens": {"trainable_token_indices": [5, 6]},
     "rslora": {"use_rslora": True, "rank_pattern": {"q_proj": 4}},
 }
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -100,10 +104,22 @@ def test_switching_touches_no_parameter_hook_or_module(base_dir, sft_dir, monkey
     for _ in range(200):
         with model.reference_active():
             pass
-    assert time.perf_counter() - started < 0.1  # seconds; PEFT's set_adapter needs longer for one switch at 72B
+    assert time.perf_counter() - started < 0.1  # seconds
     monkeypatch.undo()
     assert [(name, p.requires_grad) for name, p in model.named_parameters()] == before
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_policy_and_reference_take_the_same_numeric_path(base_dir, sft_dir, dtype):
+    adapter = AdapterFolder.open(sft_dir, "lora_model_dir")
+    model = attach(AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype), adapter, adapter)
+    mask = torch.ones_like(IDS)
+    batch = PairBatch(IDS, mask, mask)
+    policy = run_model(model, batch).sums
+    with model.reference_active():
+        assert torch.equal(run_model(model, batch).sums, policy)
+    assert policy.dtype == torch.float32
 
 
 def test_another_librarys_set_adapter_is_noticed(base_dir, sft_dir):
@@ -157,6 +173,16 @@ class TestMisfits:
         adapter = AdapterFolder.open(sft_dir, "lora_model_dir")
         with pytest.raises(AdapterError, match=r"does not fit the base model.*layers\.0.*shape"):
             attach(Qwen2ForCausalLM(config), adapter, adapter)
+
+    def test_a_vocabulary_with_added_tokens(self, base_dir, tmp_path):
+        wider = base_of(base_dir)
+        wider.resize_token_embeddings(wider.config.vocab_size + 8)
+        wider.save_pretrained(tmp_path / "wider")
+        folder = tiny.save_adapter(tmp_path / "wider", tmp_path / "adapter", modules_to_save=["embed_tokens"])
+        with pytest.raises(
+            AdapterError, match=r"does not fit the base model.*embed_tokens.*Write: base_model: .*wider"
+        ):
+            dual(base_dir, folder)
 
     def test_no_target_module_in_the_base(self, base_dir, sft_dir, tmp_path):
         folder = copy_adapter(sft_dir, tmp_path, target_modules=["c_attn"])

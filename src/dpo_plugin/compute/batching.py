@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +26,7 @@ class PairCollator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Collate rows of ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` and perhaps ``source`` and ``ref_*_logps``.
+        """Collate rows of ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` and perhaps ``source``.
 
         Returns:
             The fields of `PairBatch` as a dict, the form that the host's data loader moves to a device.
@@ -43,18 +45,21 @@ class PairCollator:
             input_ids[row, :end] = torch.tensor([*prompt, *completion])
             attention_mask[row, :end] = 1
             completion_mask[row, len(prompt) : end] = 1
-        batch: dict[str, Any] = {
+        return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "completion_mask": completion_mask,
             "sources": [str(example.get("source") or "") for example in examples],
+            "keys": [row_key(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in examples],
         }
-        if "ref_chosen_logps" in examples[0]:
-            batch["ref_logps"] = torch.tensor(
-                [[example["ref_chosen_logps"], example["ref_rejected_logps"]] for example in examples],
-                dtype=torch.float32,
-            )
-        return batch
+
+
+def row_key(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> bytes:
+    """SHA-256 of a pair's exact token ids."""
+    digest = hashlib.sha256()
+    for ids in (prompt, chosen, rejected):
+        digest.update(struct.pack(f"<q{len(ids)}i", len(ids), *ids))
+    return digest.digest()
 
 
 def to_pair_batch(collated: Mapping[str, Any]) -> PairBatch:

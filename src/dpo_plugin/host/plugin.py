@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from typing import Any
 
 from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.integrations.base import BasePlugin, PluginManager
+from transformers import EarlyStoppingCallback
 
 from dpo_plugin.errors import AdapterError, ConfigError
 from dpo_plugin.host import datasets as host_datasets
+from dpo_plugin.host.command import intended_rl, running_command, use_trained_adapter
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.settings import RunSettings, read_settings
-from dpo_plugin.model.adapters import REFERENCE, PolicyReferenceModel, adapter_digest
+from dpo_plugin.model.adapters import REFERENCE, AdapterFolder, PolicyReferenceModel, adapter_digest
 
 TRAINER = "dpo_plugin.host.trainer.PreferenceTrainer"
 
@@ -44,6 +48,10 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
             DPOPluginError: For anything that the config alone shows to be wrong.
         """
         self.settings = None
+        command = running_command(cfg)
+        if intended_rl(cfg) in ("dpo", "ipo") and command in ("merge-lora", "inference"):
+            use_trained_adapter(cfg, command)
+            return
         if str(cfg.get("rl")) not in ("dpo", "ipo"):
             LOG.info(f"dpo_plugin: nothing to do for `rl: {cfg.get('rl')}`; it serves rl: dpo and rl: ipo.")
             if cfg.get("trainer_cls") == TRAINER:
@@ -54,11 +62,27 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
                 f"`trainer_cls: {cfg['trainer_cls']}` would replace dpo_plugin's trainer. Remove one of the two lines."
             )
         self.settings = read_settings(cfg)
+        if command == "evaluate":
+            self.settings = settings_for_evaluation(cfg, self.settings)
         cfg["trainer_cls"] = TRAINER
 
     def get_input_args(self) -> str:
         """The schema that is mixed into axolotl's."""
         return "dpo_plugin.config.DPOPluginArgs"
+
+    def get_training_args(self, cfg: Any) -> dict[str, Any]:
+        """Keys of the YAML that axolotl 0.19 passes on for SFT alone (core/builders/causal.py:218,248)."""
+        if self.settings is None:
+            return {}
+        keys = ("metric_for_best_model", "greater_is_better", "load_best_model_at_end")
+        found = {key: cfg[key] for key in keys if cfg.get(key) is not None}
+        return {**found, "load_best_model_at_end": True} if cfg.early_stopping_patience else found
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        """Early stopping, which axolotl 0.19 sets up for SFT alone (core/builders/causal.py:127)."""
+        if self.settings is None or not cfg.early_stopping_patience:
+            return []
+        return [EarlyStoppingCallback(cfg.early_stopping_patience)]
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> TrainDatasetMeta | None:
         """Prepare the data if all of it comes in our formats; otherwise leave it to the host."""
@@ -68,8 +92,29 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
 
     def post_train(self, cfg: Any, model: Any) -> None:
         """Check that the reference is still what was attached; the host calls this twice."""
-        if isinstance(model, PolicyReferenceModel) and model.has_reference:
+        fixed = self.settings is not None and self.settings.strategy.fixed
+        if fixed and isinstance(model, PolicyReferenceModel) and model.has_reference:
             check_reference_unchanged(model)
+
+
+def settings_for_evaluation(cfg: Any, settings: RunSettings) -> RunSettings:
+    """Let ``axolotl evaluate`` measure the DPO adapter against its reference, on our data.
+
+    axolotl 0.19's evaluate asks no plugin for data (cli/evaluate.py:37), so its loader is replaced;
+    tests/integration/test_host_commands.py fails when it asks.
+    """
+    use_trained_adapter(cfg, "evaluate")
+    if cfg.get("adapter"):
+        settings = replace(settings, policy=AdapterFolder.open(cfg["lora_model_dir"], "lora_model_dir"))
+    for module in map(sys.modules.get, ("__main__", "axolotl.cli.evaluate")):
+        theirs = getattr(module, "load_preference_datasets", None)
+        if theirs is not None:
+
+            def load(*, cfg: Any, cli_args: Any = None, theirs: Any = theirs) -> Any:
+                return host_datasets.load_datasets(cfg, settings) or theirs(cfg=cfg, cli_args=cli_args)
+
+            setattr(module, "load_preference_datasets", load)  # noqa: B010
+    return settings
 
 
 def check_reference_unchanged(model: PolicyReferenceModel) -> None:

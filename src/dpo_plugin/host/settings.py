@@ -29,6 +29,8 @@ class RunSettings:
         strategy_name: Name of the reference strategy.
         strategy: The reference strategy.
         metrics: Metrics to log.
+        kept_in: Folder for the reference's log-probs, or None.
+        resume_named: Whether the YAML names the checkpoint to resume from.
         datasets: The ``datasets`` entries as written; the host's schema drops keys that it does not know.
         test_datasets: The same of ``test_datasets``.
     """
@@ -39,6 +41,8 @@ class RunSettings:
     strategy_name: str
     strategy: type[ReferenceStrategy]
     metrics: Mapping[str, PreferenceMetric]
+    kept_in: Path | None
+    resume_named: bool
     datasets: list[dict[str, Any]]
     test_datasets: list[dict[str, Any]]
 
@@ -63,6 +67,8 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
         strategy_name=strategy_name,
         strategy=strategy,
         metrics=_metrics(config, registry),
+        kept_in=_kept_in(cfg, config, strategy, strategy_name),
+        resume_named=bool(cfg.get("resume_from_checkpoint")),
         datasets=_entries(cfg, "datasets", registry),
         test_datasets=_entries(cfg, "test_datasets", registry),
     )
@@ -109,7 +115,7 @@ def _reference(
     default = "model" if not cfg.get("adapter") else "adapter" if policy or directory else "base"
     name = config.reference.strategy or default
     strategy = registry.reference_strategies.find(name, "dpo_plugin.reference.strategy")
-    if directory and name != "adapter":
+    if directory and not strategy.uses_reference_adapter:
         raise ConfigError(
             f"`dpo_plugin.reference.adapter_dir` is set but the strategy is {name!r}, which does not use it. "
             "Write: strategy: adapter"
@@ -119,17 +125,31 @@ def _reference(
             "`dpo_plugin.reference.strategy: model` loads a second model, which the host does for full fine-tuning "
             "only. Write: strategy: adapter"
         )
-    if name in ("adapter", "base") and not cfg.get("adapter"):
+    if (strategy.uses_reference_adapter or name == "base") and not cfg.get("adapter"):
         raise ConfigError(f"`dpo_plugin.reference.strategy: {name}` needs an adapter. Write: adapter: lora")
-    if name != "adapter":
+    if not strategy.uses_reference_adapter:
         return name, strategy, None
     if directory:
         return name, strategy, AdapterFolder.open(directory, "dpo_plugin.reference.adapter_dir")
     if policy is None:
         raise ConfigError(
-            "`dpo_plugin.reference.strategy: adapter` finds no adapter. Write: lora_model_dir: <SFT adapter folder>"
+            f"`dpo_plugin.reference.strategy: {name}` finds no adapter. Write: lora_model_dir: <SFT adapter folder>"
         )
     return name, strategy, policy
+
+
+def _kept_in(
+    cfg: Mapping[str, Any], config: DPOPluginConfig, strategy: type[ReferenceStrategy], name: str
+) -> Path | None:
+    cache = config.reference.cache
+    if cache and not strategy.fixed:
+        raise ConfigError(
+            f"`dpo_plugin.reference.strategy: {name}` has no log-probs that could be kept, but `cache: {cache}` asks "
+            "for it. Write: cache: false"
+        )
+    if cache is False or not strategy.fixed:
+        return None
+    return Path(cache) if isinstance(cache, str) else Path(cfg.get("dataset_prepared_path") or "last_run_prepared")
 
 
 def _metrics(config: DPOPluginConfig, registry: Registry) -> Mapping[str, PreferenceMetric]:

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
+from axolotl.integrations.base import PluginManager
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dpo_plugin.compute.batching import PairCollator, to_pair_batch
 from dpo_plugin.compute.logps import pair_logps, run_model, total_loss
 from dpo_plugin.compute.losses import LossOptions
 from dpo_plugin.errors import ConfigError, ReferenceMismatchError
+from dpo_plugin.host.callbacks import ReferenceCallback
+from dpo_plugin.host.card import model_card
+from dpo_plugin.host.checkpoints import check_reference, checkpoint_to_resume, write_marker
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.plugin import DPOPlugin
-from dpo_plugin.model.adapters import PolicyReferenceModel, attach
+from dpo_plugin.host.store import open_store
+from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel, attach
+from dpo_plugin.model.references import KeptReference
 from dpo_plugin.monitor.metrics import MeanMetrics
 from dpo_plugin.registry import get_registry
 from dpo_plugin.types import CompletionLogps, PairBatch, PairLogps
 
 STEP_ZERO_TOLERANCE = 1e-4
 """Largest |reward| that policy = reference may show before the first step."""
+
+REFERENCE_STATE = "reference_state.safetensors"
 
 
 class _HeldByPolicy:
@@ -41,23 +51,23 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
     def __init__(self, model: nn.Module, ref_model: nn.Module | None = None, *, peft_config: Any = None, **kwargs: Any):
         self._settings = DPOPlugin.active().run_settings()
         base = model
-        if peft_config is not None:
-            model = attach(base, self._settings.policy or peft_config, self._settings.reference)
+        adapter = self._settings.policy or peft_config  # axolotl evaluate passes no peft_config
+        if adapter is not None:
+            model = attach(base, adapter, self._settings.reference)
+            model.name_base(str(model.config.name_or_path), PluginManager.get_instance().cfg.revision_of_model)
         kwargs["data_collator"] = _collator(kwargs)
         super().__init__(*self._for_trl(model, ref_model), **kwargs)
         if isinstance(model, PolicyReferenceModel):
             model.train_only_policy()
             save_policy_instead_of_base(base, model)
-        self._reference = self._settings.strategy(model, self.ref_model)
-        registry = get_registry()
-        weights = self.args.loss_weights or [1.0] * len(self.loss_types)
-        self._losses = {
-            name: (registry.losses.find(name, "dpo_loss_type"), weight)
-            for name, weight in zip(self.loss_types, weights, strict=True)
-        }
-        self._loss_options = LossOptions(self.beta, self.label_smoothing or 0.0, self.args.discopop_tau)
+        self._set_up_losses()
+        strategy = self._settings.strategy(model, self.ref_model, self._settings.config.reference)
+        store = open_store(self._settings, strategy, base)
+        self.reference = KeptReference(strategy, store, self._on_any_rank)
+        self.add_callback(ReferenceCallback(self))
         self._means = {mode: MeanMetrics(self._settings.metrics) for mode in ("train", "eval")}
-        self._check_step_zero = self._reference.equals_policy_at_start()
+        self._eval_prefix = "eval"
+        self._check_step_zero = strategy.equals_policy_at_start()
         if self.accelerator.is_main_process:
             self._say_what_is_trained(model)
 
@@ -83,6 +93,15 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
     def ref_model(self, value: Any) -> None:
         self._ref_model = None if isinstance(value, _HeldByPolicy) else value
 
+    def _set_up_losses(self) -> None:
+        losses = get_registry().losses
+        weights = self.args.loss_weights or [1.0] * len(self.loss_types)
+        self._losses = {
+            name: (losses.find(name, "dpo_loss_type"), weight)
+            for name, weight in zip(self.loss_types, weights, strict=True)
+        }
+        self._loss_options = LossOptions(self.beta, self.label_smoothing or 0.0, self.args.discopop_tau)
+
     def _say_what_is_trained(self, model: nn.Module) -> None:
         settings = self._settings
         fresh = "a fresh LoRA" if isinstance(model, PolicyReferenceModel) else "the base model"
@@ -93,6 +112,14 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
             f"dpo_plugin: policy starts from {start}, {trainable:,} trainable parameters; "
             f"reference: {settings.strategy_name}{where}; loss: {', '.join(self._losses)}, beta {self.beta}"
         )
+        if self.ref_model is not None:
+            size = sum(p.numel() * p.element_size() for p in self.ref_model.parameters()) / 2**30
+            LOG.info(f"dpo_plugin: the second model that is the reference takes {size:.2f} GiB")
+        if (store := self.reference.store) is not None:
+            damaged = f", {store.damaged} damaged records left out" if store.damaged else ""
+            LOG.info(f"dpo_plugin: {len(store)} reference log-probs found in {store.folder}{damaged}")
+
+    # ── data ──
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Leave data that is already token ids as it is; let TRL tokenise text."""
@@ -100,33 +127,46 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
             return dataset
         return super()._prepare_dataset(dataset, *args, **kwargs)
 
-    def compute_ref_log_probs(self, model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
-        """(pairs,) fp32 nats of chosen and rejected, for TRL's ``precompute_ref_log_probs``."""
-        chosen, rejected = self._reference.logps(model, to_pair_batch(inputs), self._forward).unbind(dim=1)
-        return chosen, rejected
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """Leave the data as it is: `ReferenceCallback` fills the store when the engine has prepared the model."""
+        return dataset
+
+    # ── the step ──
+
+    def reference_logps(self, model: Any, inputs: Any) -> Tensor:
+        """(pairs, 2) fp32 nats of a collated batch: chosen, rejected."""
+        return self.reference.logps(model, to_pair_batch(inputs), self._forward)
 
     def _forward(self, model: Any, batch: PairBatch) -> CompletionLogps:
         return run_model(model, batch, wpo=bool(self.use_weighting))
+
+    def _on_any_rank(self, condition: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return condition
+        flag = torch.tensor([float(condition)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum").item())
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         if return_outputs:
             raise ConfigError("dpo_plugin does not return logits from evaluation. Remove compute_metrics.")
         batch = to_pair_batch(inputs)
         policy = self._forward(model, batch)
-        ref_logps = batch.ref_logps
-        if ref_logps is None:
-            ref_logps = self._reference.logps(model, batch, self._forward)
+        ref_logps = self.reference.logps(model, batch, self._forward)
         logps = pair_logps(policy, ref_logps, self.beta, batch.sources)
         self._verify_step_zero(logps)
         self._means["train" if self.model.training else "eval"].update(logps)
         return total_loss(logps, self._losses, self._loss_options, policy.wpo_weights).mean()
 
     def _verify_step_zero(self, logps: PairLogps) -> None:
-        """Stop if the policy is not the reference before the first step, though both start from the same adapter."""
+        """Stop if the policy is not the reference before the first step, though both start from the same weights.
+
+        Kept log-probs come from batches of another shape, which in bf16 moves rewards by more than the tolerance; they
+        are checked where they are made.
+        """
         if not self._check_step_zero:
             return
         self._check_step_zero = False
-        if self.state.global_step > 0 or not self.args.disable_dropout:
+        if self.state.global_step > 0 or not self.args.disable_dropout or not self.reference.fresh:
             return
         worst = torch.stack([logps.chosen_rewards, logps.rejected_rewards]).detach().abs().max().item()
         if not worst <= STEP_ZERO_TOLERANCE:
@@ -140,17 +180,76 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
         """One micro-step, without the garbage collection of axolotl 0.19 (core/trainers/dpo/trainer.py:100)."""
         return super(AxolotlDPOTrainer, self).training_step(*args, **kwargs)  # type: ignore[no-any-return]
 
+    # ── metrics ──
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Evaluate, with our metrics under the prefix that is asked for."""
+        self._eval_prefix = metric_key_prefix
+        metrics: dict[str, float] = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add our metrics, averaged over all pairs of all ranks since the last line."""
         mode = "train" if self.model.training else "eval"
-        prefix = "eval_" if mode == "eval" else ""
+        prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
         means = self._means[mode].result(lambda values: self.accelerator.reduce(values, reduction="sum"))
         logs.update({f"{prefix}{name}": value for name, value in means.items()})
         super().log(logs, start_time)
 
+    # ── checkpoints ──
+
+    def _reference_facts(self) -> dict[str, str]:
+        return {"strategy": self._settings.strategy_name, "identity": self.reference.strategy.identity()}
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, or resume from a whole checkpoint that was made with the same reference.
+
+        Raises:
+            CheckpointError: If the checkpoint is torn, not ours, or was made with another reference.
+        """
+        resume = checkpoint_to_resume(resume_from_checkpoint, self._settings.resume_named, Path(self.args.output_dir))
+        if resume:
+            check_reference(Path(resume), self._reference_facts())
+        return super().train(resume_from_checkpoint=resume, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        state = Path(resume_from_checkpoint) / REFERENCE_STATE
+        if state.is_file():
+            self.reference.strategy.load_state(load_file(state))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the policy, and beside it which reference it was trained against."""
+        super().save_model(output_dir, _internal_call=_internal_call)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        write_marker(folder, self._reference_facts())
+        if _internal_call and (state := self.reference.strategy.state()):
+            save_file(state, folder / REFERENCE_STATE)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write our card instead of TRL's."""
+        if not self.is_world_process_zero():
+            return
+        output_dir, settings = Path(self.args.output_dir), self._settings
+        adapter = isinstance(self.model, PolicyReferenceModel)
+        digest = f"sha256 {self.model.digests[POLICY]}" if adapter and settings.policy else "none"
+        facts = {
+            "policy starts from": f"`{settings.policy.path}`, {digest}" if settings.policy else "the base model",
+            "reference": " ".join(self._reference_facts().values()),
+            "loss": ", ".join(f"{name} × {weight:g}" for name, (_, weight) in self._losses.items()),
+            "beta": self.beta,
+            "learning rate": self.args.learning_rate,
+            "steps": self.state.global_step,
+        }
+        base = str(self.model.config.name_or_path)
+        text = model_card(output_dir, base, facts, self.state.log_history, adapter)
+        (output_dir / "README.md").write_text(text, encoding="utf-8")
+
 
 def _collator(kwargs: Mapping[str, Any]) -> PairCollator:
-    """Our collator, which keeps sources, in place of TRL's or of the host's.
+    """Our collator, which keeps sources and row keys, in place of TRL's or of the host's.
 
     The host's, for ``pad_to_multiple_of``, looks for ``*_input_ids``, which TRL 1.9 no longer makes
     (axolotl 0.19, utils/collators/dpo.py); tests/integration/test_data_runs.py holds the key.

@@ -1,8 +1,8 @@
 """One base model with two LoRA adapters: the trainable policy and the frozen reference.
 
-PEFT switches adapters by walking every module and flipping ``requires_grad`` (host-facing cost: seconds per thousand
-steps at 72B, and a chance to train the reference). Its layers, however, only *read* a list of active adapter names.
-Here all layers share one list, so that switching is one assignment, whatever the model's size.
+PEFT switches adapters by walking every module and flipping ``requires_grad``, each time a chance to train the
+reference. Its layers, however, only *read* a list of active adapter names. Here all layers share one list, so that
+switching is one assignment, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftModelForCausalLM, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import load_peft_weights
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dpo_plugin.errors import AdapterError
@@ -83,6 +84,11 @@ class PolicyReferenceModel(PeftModelForCausalLM):  # type: ignore[misc]
         for _, parameter in self.policy_parameters():
             parameter.requires_grad_(trainable)
 
+    def name_base(self, name: str, revision: str | None) -> None:
+        """Let the saved ``adapter_config.json`` name the base model that is loaded, and its revision."""
+        config = self.peft_config[POLICY]
+        config.base_model_name_or_path, config.revision = name or config.base_model_name_or_path, revision
+
     def save_pretrained(
         self, save_directory: str, *args: Any, selected_adapters: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
@@ -130,6 +136,13 @@ class AdapterFolder:
             raise AdapterError(f"{file} is not JSON: {error}. Save the adapter again.") from error
         if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
             raise AdapterError(f"`{key}: {path}` holds no adapter_model.safetensors. Save the adapter again.")
+        weights = folder / "adapter_model.safetensors"
+        if weights.is_file():
+            try:
+                with safe_open(weights, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise AdapterError(f"{weights} is damaged or cut off ({error}). Save the adapter again.") from error
         adapter = cls(folder, config, key)
         adapter._refuse_what_cannot_be_held_twice()
         return adapter
@@ -193,7 +206,7 @@ def _load(model: PolicyReferenceModel, folder: AdapterFolder, name: str) -> None
     """Load an adapter's file and check that each of its tensors arrived."""
     try:
         result = model.load_adapter(str(folder.path), name, is_trainable=name == POLICY, torch_device="cpu")
-    except (ValueError, RuntimeError, TypeError) as error:
+    except (ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise _misfit(folder, str(error)) from error
     for keys, what in ((result.unexpected_keys, "has no place for"), (result.missing_keys, "finds no weights for")):
         if keys:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dpo_plugin.config import ReferenceConfig
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel
+from dpo_plugin.model.cache import ReferenceLogpStore
 from dpo_plugin.types import CompletionLogps, PairBatch
 
 Forward = Callable[[Any, PairBatch], CompletionLogps]
@@ -18,12 +20,25 @@ Forward = Callable[[Any, PairBatch], CompletionLogps]
 
 
 class ReferenceStrategy(ABC):
-    """Gives the reference's log-probs."""
+    """Gives the reference's log-probs.
 
-    def __init__(self, policy: Any, ref_model: Any | None = None):
-        """Args: the unwrapped policy, and a second model where the host loaded one."""
+    Args:
+        policy: The unwrapped policy.
+        ref_model: The second model, where the host loaded one.
+        options: The ``dpo_plugin.reference`` section.
+
+    Attributes:
+        uses_reference_adapter: Whether the adapter of ``adapter_dir`` (or ``lora_model_dir``) is to be attached.
+        fixed: Whether the reference stays as it is, so that its log-probs can be kept.
+    """
+
+    uses_reference_adapter: ClassVar[bool] = False
+    fixed: ClassVar[bool] = True
+
+    def __init__(self, policy: Any, ref_model: Any | None = None, options: ReferenceConfig | None = None):
         self.policy = policy
         self.ref_model = ref_model
+        self.options = options or ReferenceConfig()
 
     @abstractmethod
     def run(self, model: Any, batch: PairBatch, forward: Forward) -> CompletionLogps:
@@ -39,6 +54,24 @@ class ReferenceStrategy(ABC):
         """Whether the policy is this reference before the first step, so that step 0 can be checked."""
         return False
 
+    def identity(self) -> str:
+        """What tells this reference from another: a digest of its weights, or a fixed word; kept in checkpoints."""
+        return type(self).__name__
+
+    def after_step(self, step: int) -> None:  # noqa: B027
+        """Called after each optimizer step, for a reference that moves.
+
+        Args:
+            step: Optimizer steps done.
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that a checkpoint must hold because the reference cannot be rebuilt from its source."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Take back what `state` gave."""
+
     @torch.no_grad()
     def logps(self, model: Any, batch: PairBatch, forward: Forward) -> Tensor:
         """(pairs, 2) fp32 nats summed over completion tokens: chosen, rejected; no gradient."""
@@ -48,12 +81,18 @@ class ReferenceStrategy(ABC):
 class AdapterReference(ReferenceStrategy):
     """The frozen reference adapter on the policy's own base model."""
 
-    def __init__(self, policy: Any, ref_model: Any | None = None):
-        super().__init__(policy, ref_model)
+    uses_reference_adapter = True
+
+    def __init__(self, policy: Any, ref_model: Any | None = None, options: ReferenceConfig | None = None):
+        super().__init__(policy, ref_model, options)
         if not isinstance(policy, PolicyReferenceModel) or not policy.has_reference:
             raise ConfigError(
                 "reference strategy 'adapter' needs a reference adapter. Write: lora_model_dir: <SFT adapter folder>"
             )
+
+    def identity(self) -> str:
+        """SHA-256 of the reference adapter as attached."""
+        return f"sha256:{self.policy.digests[REFERENCE]}"
 
     def equals_policy_at_start(self) -> bool:
         """Whether both adapters were attached with the same tensors."""
@@ -68,8 +107,8 @@ class AdapterReference(ReferenceStrategy):
 class BaseReference(ReferenceStrategy):
     """The base model with its adapters off."""
 
-    def __init__(self, policy: Any, ref_model: Any | None = None):
-        super().__init__(policy, ref_model)
+    def __init__(self, policy: Any, ref_model: Any | None = None, options: ReferenceConfig | None = None):
+        super().__init__(policy, ref_model, options)
         if not isinstance(policy, PolicyReferenceModel):
             raise ConfigError("reference strategy 'base' needs an adapter to switch off. Write: adapter: lora")
 
@@ -86,21 +125,101 @@ class BaseReference(ReferenceStrategy):
 class ModelReference(ReferenceStrategy):
     """A second, frozen model, for full fine-tuning."""
 
-    def __init__(self, policy: Any, ref_model: Any | None = None):
-        super().__init__(policy, ref_model)
+    def __init__(self, policy: Any, ref_model: Any | None = None, options: ReferenceConfig | None = None):
+        super().__init__(policy, ref_model, options)
         if ref_model is None:
             raise ConfigError(
                 "reference strategy 'model' needs full fine-tuning, where the host loads a second model. "
                 "Write: dpo_plugin: {reference: {strategy: adapter}}"
             )
 
+    def equals_policy_at_start(self) -> bool:
+        """Both are loaded from the same files."""
+        return True
+
     def run(self, model: Any, batch: PairBatch, forward: Forward) -> CompletionLogps:
         """Run the second model."""
         return forward(self.ref_model, batch)
+
+
+class EmaReference(AdapterReference):
+    """TR-DPO's soft update (Gorbatovski et al. 2024, arXiv 2404.09656): reference ← α·policy + (1−α)·reference."""
+
+    fixed = False
+
+    def _pairs(self) -> list[tuple[str, Tensor, Tensor]]:
+        parameters = dict(self.policy.named_parameters())
+        policy = self.policy.policy_parameters()
+        return [(name, parameters[name.replace(f".{POLICY}", f".{REFERENCE}")], own) for name, own in policy]
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Move the reference towards the policy every ``ema_steps`` steps."""
+        if step % self.options.ema_steps == 0:
+            for _, reference, policy in self._pairs():
+                reference.lerp_(policy.to(reference.dtype), self.options.ema_alpha)
+
+    def state(self) -> dict[str, Tensor]:
+        """The reference as it stands."""
+        return {name: reference.detach().cpu().contiguous() for name, reference, _ in self._pairs()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put the reference back where the checkpoint left it."""
+        for name, reference, _ in self._pairs():
+            reference.copy_(state[name])
+
+
+class NoReference(ReferenceStrategy):
+    """Reference-free: log π_ref = 0, so rewards are β log π."""
+
+    fixed = False  # there is nothing to keep
+
+    def run(self, model: Any, batch: PairBatch, forward: Forward) -> CompletionLogps:
+        """Zeros; no forward."""
+        zeros = torch.zeros(2 * batch.pairs, device=batch.input_ids.device)
+        return CompletionLogps(zeros, zeros, zeros)
+
+
+class KeptReference:
+    """A reference strategy behind a store: runs the reference only for rows that nobody has computed yet.
+
+    Args:
+        strategy: The strategy.
+        store: Where log-probs are kept, or None.
+        on_any_rank: Tells whether a condition holds on any rank, since ranks must forward together.
+
+    Attributes:
+        forwards: Batches for which the reference was run.
+        fresh: Whether the last batch was one of them.
+    """
+
+    def __init__(
+        self, strategy: ReferenceStrategy, store: ReferenceLogpStore | None, on_any_rank: Callable[[bool], bool]
+    ):
+        self.strategy = strategy
+        self.store = store
+        self.on_any_rank = on_any_rank
+        self.forwards = 0
+        self.fresh = True
+
+    def logps(self, model: Any, batch: PairBatch, forward: Forward) -> Tensor:
+        """(pairs, 2) fp32 nats; from the store if every rank has all of its rows there."""
+        kept = self.store.get(batch.keys, batch.input_ids.device) if self.store is not None and batch.keys else None
+        self.fresh = self.on_any_rank(kept is None) if self.store is not None else True
+        if kept is not None and not self.fresh:
+            return kept
+        self.forwards += 1
+        logps = self.strategy.logps(model, batch, forward)
+        if self.store is not None:
+            self.store.put(batch.keys, logps)
+        return logps
 
 
 STRATEGIES: Mapping[str, type[ReferenceStrategy]] = {
     "adapter": AdapterReference,
     "base": BaseReference,
     "model": ModelReference,
+    "ema": EmaReference,
+    "none": NoReference,
 }

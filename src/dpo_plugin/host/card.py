@@ -1,0 +1,54 @@
+"""The model card of a DPO adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import dpo_plugin
+from dpo_plugin.data.audit import audit_lines
+
+_SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+
+
+def model_card(
+    output_dir: Path, base: str, facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]], adapter: bool
+) -> str:
+    """Markdown with the front matter that the hub reads.
+
+    Args:
+        output_dir: Where ``data_audit.json`` may be.
+        base: The base model.
+        facts: What to list, in order.
+        history: The trainer's log lines.
+        adapter: Whether an adapter was trained, or the whole model.
+    """
+    library = "peft" if adapter else "transformers"
+    front = {"base_model": base, "library_name": library, "tags": ["dpo", "axolotl", "dpo_plugin"]}
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {output_dir.name}", ""]
+    what = "adapter for" if adapter else "of"
+    lines += [f"DPO {what} `{base}`, trained with axolotl and dpo_plugin {dpo_plugin.__version__}.", ""]
+    lines += [f"- **{name}**: {value}" for name, value in facts.items()]
+    lines += ["", "## Final metrics", "", *_metrics(history)]
+    audit = output_dir / "data_audit.json"
+    if audit.is_file():
+        audits = json.loads(audit.read_text(encoding="utf-8"))["datasets"]
+        lines += ["", "## Data", "", "```", *audit_lines(audits), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _metrics(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    nothing: Mapping[str, Any] = {}
+    train = next((line for line in reversed(history) if "loss" in line), nothing)
+    held_out = next((line for line in reversed(history) if "eval_loss" in line), nothing)
+    if not train:
+        return ["No step was logged."]
+    rows = ["| | training, last line | held-out |", "|---|---|---|"]
+    for name in _SHOWN:
+        values = (train.get(name), held_out.get(f"eval_{name}"))
+        rows.append(f"| {name} | " + " | ".join("" if value is None else f"{value:.4f}" for value in values) + " |")
+    return rows

@@ -1,0 +1,95 @@
+"""axolotl's own commands on the YAML of a finished run mean the DPO adapter."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tests.support import host
+from tests.support.tiny import ROOT, dpo_config
+
+IDS = torch.arange(5, 45).reshape(2, 20)
+HELD_OUT = [
+    {"path": str(ROOT / "recipes/data/preferences_heldout.jsonl"), "ds_type": "json", "type": "dpo_plugin.chat"}
+]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+@pytest.fixture(scope="module")
+def finished(base_dir, sft_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    settings = {"lora_model_dir": str(sft_dir), "test_datasets": HELD_OUT, "save_strategy": "no", "save_steps": None}
+    return host.train(dpo_config(base_dir, folder / "out", **settings), folder)
+
+
+def axolotl(command, finished, *words, stdin=""):
+    config = finished.output_dir.parent / "config.yaml"
+    launcher = [] if command == "merge-lora" else ["--launcher", "python"]
+    line = ["axolotl", command, str(config), *launcher, *words]
+    done = subprocess.run(
+        line, input=stdin, capture_output=True, text=True, check=False, env=dict(os.environ), cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def with_adapter(base_dir, folder):
+    return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir), str(folder)))
+
+
+def test_merge_lora_merges_the_dpo_adapter_unless_told_otherwise(finished, base_dir, sft_dir):
+    told = axolotl("merge-lora", finished)
+    assert "merge-lora uses the DPO adapter" in told
+    merged = logits(AutoModelForCausalLM.from_pretrained(finished.output_dir / "merged"))
+    policy, sft = with_adapter(base_dir, finished.output_dir), with_adapter(base_dir, sft_dir)
+    assert (merged - policy).abs().max() < 1e-4
+    assert (merged - sft).abs().max() > 1e-3
+    axolotl("merge-lora", finished, "--lora-model-dir", str(sft_dir))
+    merged = logits(AutoModelForCausalLM.from_pretrained(finished.output_dir / "merged"))
+    assert (merged - sft).abs().max() < 1e-4
+
+
+def test_merging_from_nf4_says_in_which_precision(finished, monkeypatch):
+    from axolotl.utils.dict import DictDefault
+
+    from dpo_plugin.host import command
+
+    said = []
+    monkeypatch.setattr(command.LOG, "info", said.append)
+    cfg = DictDefault(
+        {"merge_lora": True, "adapter": "qlora", "output_dir": str(finished.output_dir), "lora_model_dir": "x"}
+    )
+    command.use_trained_adapter(cfg, "merge-lora")
+    assert cfg.lora_model_dir == str(finished.output_dir)
+    assert "NF4 round trip" in said[-1]
+
+
+def test_inference_uses_the_dpo_adapter(finished):
+    told = axolotl("inference", finished, stdin="Hello\n")
+    assert f"inference uses the DPO adapter in {finished.output_dir}" in told
+
+
+def test_evaluate_measures_the_dpo_adapter_against_the_sft_adapter(finished):
+    metrics = finished.trainer.evaluate()
+    axolotl("evaluate", finished)
+    table = dict(line.split(",")[::2] for line in (finished.output_dir / "eval_summary.csv").read_text().splitlines())
+    assert float(table["rewards/margins"]) == pytest.approx(metrics["eval_rewards/margins"], abs=1e-5)
+    assert metrics["eval_rewards/margins"] != 0
+
+
+def test_commands_before_training_say_that_there_is_no_adapter(base_dir, sft_dir, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(dpo_config(base_dir, tmp_path / "out", lora_model_dir=str(sft_dir))))
+    line = [sys.executable, "-m", "axolotl.cli.main", "merge-lora", str(config)]
+    done = subprocess.run(["axolotl", *line[3:]], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode != 0
+    assert "needs the DPO adapter" in done.stdout + done.stderr
