@@ -34,7 +34,7 @@ demo: install
 	@python examples/demo.py outputs/tiny-base outputs/tiny-sft outputs/tiny-dpo
 
 test: install lint types
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	ruff check .

@@ -51,6 +51,13 @@ class TestStrategies:
         assert abs(run.lines[0]["rewards/chosen"]) <= bound
         assert abs(run.lines[0]["rewards/rejected"]) <= bound
 
+    def test_rewards_are_0_at_step_0_for_a_fresh_lora_on_nf4(self, base_dir, sft_dir, rows, tmp_path):
+        settings = {"lora_model_dir": None, "adapter": "qlora", "load_in_4bit": True}
+        run = host.train(config(base_dir, sft_dir, rows, tmp_path, **settings), tmp_path)
+        assert run.trainer.reference.strategy.equals_policy_at_start()
+        assert abs(run.lines[0]["rewards/chosen"]) <= 1e-4
+        assert run.lines[1]["rewards/chosen"] != 0
+
     def test_base_of_a_fresh_lora_is_0_and_of_an_sft_adapter_is_not(self, base_dir, sft_dir, rows, tmp_path):
         fresh = host.train(config(base_dir, sft_dir, rows, tmp_path, lora_model_dir=None), tmp_path / "a")
         assert fresh.lines[0]["rewards/chosen"] == 0
@@ -89,6 +96,29 @@ class TestStrategies:
             host.load_config(
                 config(base_dir, sft_dir, rows, tmp_path, **reference(strategy="ema", cache=True)), tmp_path
             )
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_loss_and_leaks_no_hook(base_dir, sft_dir, rows, tmp_path, reentrant):
+    """TRL 1.9 toggles checkpointing twice a step and leaks a hook each time; the reference runs under it as it is."""
+
+    def hooks(model):
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    settings = {**reference(cache=False), "max_steps": 6}
+    plain = host.train(config(base_dir, sft_dir, rows, tmp_path, "plain", **settings), tmp_path / "a")
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    counts = []
+    for steps in (1, 6):
+        settings["max_steps"] = steps
+        run = host.train(
+            config(base_dir, sft_dir, rows, tmp_path, f"c{steps}", **settings, **checkpointing), tmp_path / f"c{steps}"
+        )
+        counts.append(hooks(run.trainer.model))
+    assert counts[0] == counts[1]
+    assert run.trainer.model.is_gradient_checkpointing
+    for one, other in zip(plain.lines, run.lines, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-6)
 
 
 def counted(run):

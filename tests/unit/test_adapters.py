@@ -122,6 +122,14 @@ def test_policy_and_reference_take_the_same_numeric_path(base_dir, sft_dir, dtyp
     assert policy.dtype == torch.float32
 
 
+def test_a_fresh_lora_and_its_base_take_the_same_numeric_path_in_bf16(base_dir):
+    config = LoraConfig(r=4, target_modules=tiny.PROJECTIONS, task_type="CAUSAL_LM")
+    model = attach(AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.bfloat16), config, None)
+    as_policy = logits(model)
+    with model.adapters_off():
+        assert torch.equal(logits(model), as_policy)
+
+
 def test_another_librarys_set_adapter_is_noticed(base_dir, sft_dir):
     model = dual(base_dir, sft_dir)
     model.set_adapter(POLICY)

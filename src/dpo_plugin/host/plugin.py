@@ -123,8 +123,8 @@ def check_reference_unchanged(model: PolicyReferenceModel) -> None:
     Raises:
         AdapterError: Naming both digests.
     """
-    if any(not parameter.numel() for parameter in model.parameters()):
-        return  # partitioned by ZeRO-3: this rank does not hold the tensors
+    if any(not parameter.numel() or hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        return  # partitioned by ZeRO-3 or sharded by FSDP2: this rank does not hold whole tensors
     now = adapter_digest(model, REFERENCE)
     if now != model.digests[REFERENCE]:
         raise AdapterError(
