@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpo_plugin.data.formats import Columns, conversations
+from dpo_plugin.data.formats import FORMATS, Columns, conversations
 from dpo_plugin.data.render import Renderer
 from dpo_plugin.errors import RowError, TemplateError
 from tests.support import templates
 
 NAMES = [name for name in templates.names() if name not in templates.CANNOT]
-CASES = 100  # per template; 35 templates make 3,500
+CASES = 100  # per template; 33 templates make 3,300
 
 WORDS = ["user", "assistant", "a", "A", "system", "model", "You", "<|im", "Answer", "\n", "\n\n", " ", "🙂", "שלום", "مرحبا", "\u200f", "é", "e\u0301", "0", "...", "</think>", "[INST]", "{{ x }}", "{% raw %}"]  # fmt: skip
 text = st.one_of(
@@ -119,3 +120,37 @@ def test_answers_that_stock_cuts_wrong_come_out_whole(name, answer):
     rendered = renderer.render(conversations(row, Columns()))
     expected = answer.strip() if name == "llama3" else answer  # llama3's template trims
     assert rendered.chosen == expected + renderer.end_of_turn
+
+
+class TestArgumentsReachTheTemplate:
+    ASK: ClassVar = {"role": "user", "content": "1 + 1?"}
+
+    def render(self, name, chosen, template_kwargs=None, **row):
+        row = {"prompt": [self.ASK], "chosen": chosen, "rejected": "no idea", **row}
+        renderer = Renderer(templates.tokenizer(name), name=name, template_kwargs=template_kwargs)
+        return renderer.render(FORMATS["chat"](row, Columns()))
+
+    def test_tools_and_tool_calls(self):
+        call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 1}}}
+        chosen = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+        tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+        rendered = self.render("qwen_25", chosen, tools=tools)
+        assert "<tools>" in rendered.prompt
+        assert '"name": "add"' in rendered.chosen
+        assert rendered.chosen.endswith("</tool_call><|im_end|>")
+
+    @pytest.mark.parametrize("where", ["config", "row"])
+    def test_enable_thinking(self, where):
+        off = {"enable_thinking": False}
+        rendered = (
+            self.render("qwen3", "2", off) if where == "config" else self.render("qwen3", "2", chat_template_kwargs=off)
+        )
+        assert rendered.prompt.endswith("<think>\n\n</think>\n\n")
+        assert rendered.chosen == "2<|im_end|>"
+
+    def test_reasoning_content(self):
+        chosen = [{"role": "assistant", "content": "2", "reasoning_content": "One and one."}]
+        rejected = [{"role": "assistant", "content": "3", "reasoning_content": "A guess."}]
+        rendered = self.render("exaone4", chosen, {"enable_thinking": True, "skip_think": False}, rejected=rejected)
+        assert rendered.prompt.endswith("<think>\n")
+        assert rendered.chosen.startswith("One and one.\n</think>\n\n2")
