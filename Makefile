@@ -1,5 +1,5 @@
 # `make demo` and `make test` need Python 3.11+, make and gcc, and nothing else installed.
-PYTHON ?= python3.11
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do command -v $$python && break; done)
 # A build that axolotl 0.19 supports. pip takes the build that fits the machine: the CUDA one from PyPI, or the one
 # that your pip is set up to find.
 TORCH ?= torch==2.13.0
