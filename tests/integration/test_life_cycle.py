@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ from safetensors.torch import load_file
 from dpo_plugin.errors import CheckpointError
 from tests.support import host
 from tests.support.tiny import ROOT, dpo_config, save_adapter
+
+HELD_OUT = [
+    {"path": str(ROOT / "recipes/data/preferences_heldout.jsonl"), "ds_type": "json", "type": "dpo_plugin.chat"}
+]
 
 
 def config(base_dir, sft_dir, output, **settings):
@@ -163,11 +168,8 @@ def test_the_model_card_tells_what_was_done(whole, base_dir):
 
 
 def test_old_checkpoints_go_and_the_best_comes_back(base_dir, sft_dir, tmp_path):
-    test = [
-        {"path": str(ROOT / "recipes/data/preferences_heldout.jsonl"), "ds_type": "json", "type": "dpo_plugin.chat"}
-    ]
     settings = {
-        "test_datasets": test, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 6, "save_total_limit": 1,
+        "test_datasets": HELD_OUT, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 6, "save_total_limit": 1,
         "load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/accuracies", "greater_is_better": True,
     }  # fmt: skip
     run = host.train(config(base_dir, sft_dir, tmp_path / "out", **settings), tmp_path)
@@ -178,17 +180,12 @@ def test_old_checkpoints_go_and_the_best_comes_back(base_dir, sft_dir, tmp_path)
     assert run.trainer.state.best_metric == max(evaluations.values())
     kept = sorted(folder.name for folder in run.output_dir.glob("checkpoint-*"))
     assert len(kept) <= 2  # the best and the last
-    from pathlib import Path
-
     assert all(torch.equal(value, weights(Path(best))[key]) for key, value in weights(run.output_dir).items())
 
 
 def test_early_stopping_by_our_metric(base_dir, sft_dir, tmp_path):
-    test = [
-        {"path": str(ROOT / "recipes/data/preferences_heldout.jsonl"), "ds_type": "json", "type": "dpo_plugin.chat"}
-    ]
     settings = {
-        "test_datasets": test, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 8, "learning_rate": 0.0,
+        "test_datasets": HELD_OUT, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 8, "learning_rate": 0.0,
         "load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/margins", "greater_is_better": True,
         "early_stopping_patience": 2,
     }  # fmt: skip

@@ -57,11 +57,6 @@ class Audit:
         if len(self.examples) < _EXAMPLES:
             self.examples.append({"row": row, "reason": reason, "message": message})
 
-    @property
-    def bad(self) -> int:
-        """Rows that the data itself makes unusable."""
-        return sum(sum(n.values()) for reason, n in self.left_out.items() if reason not in LENGTH_REASONS | {DUPLICATE})
-
     def length_that_keeps(self, share: float) -> int:
         """The sequence length in tokens at which this share of the pairs fits uncut."""
         return int(np.quantile(self.full_lengths, share, method="higher")) if self.full_lengths else 0

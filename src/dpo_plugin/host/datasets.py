@@ -17,7 +17,7 @@ from axolotl.utils.data.shared import create_train_validation_split, load_datase
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset, DatasetDict
 
-from dpo_plugin.config import DataConfig
+from dpo_plugin.config import DataConfig, parse_config
 from dpo_plugin.data.audit import audit_lines
 from dpo_plugin.data.formats import ROLES, Columns, PreferenceFormat, conversations, messages_answers
 from dpo_plugin.data.prepare import LengthLimit, Preparation, PrepareOptions
@@ -167,12 +167,16 @@ def host_strategy(name: str) -> Callable[..., Any]:
 
     def strategy(cfg: Any, dataset_idx: int = 0, **_: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
         read = get_registry().formats[name]
+        data = parse_config(cfg.get("dpo_plugin")).data
+        columns = _columns(data, cfg["datasets"][dataset_idx])
+        refuse = data.special_tokens == "refuse"
         renderer: list[Renderer] = []
 
         def transform(sample: Mapping[str, Any], tokenizer: Any = None) -> dict[str, str]:
             if not renderer:
-                renderer.append(Renderer(tokenizer, template_kwargs=cfg.chat_template_kwargs or {}))
-            pair = renderer[0].render(read(sample, Columns()))
+                kwargs = cfg.chat_template_kwargs or {}
+                renderer.append(Renderer(tokenizer, template_kwargs=kwargs, refuse_special_tokens=refuse))
+            pair = renderer[0].render(read(sample, columns))
             return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
 
         return transform, {"remove_columns": "__all__"}

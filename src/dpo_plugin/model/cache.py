@@ -37,9 +37,12 @@ def weights_digest(folder: Path) -> str:
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
         with file.open("rb") as handle:
-            for index in range(_SAMPLES if size > _SAMPLE * _SAMPLES else 1):
-                handle.seek(index * (size - _SAMPLE) // (_SAMPLES - 1) if size > _SAMPLE * _SAMPLES else 0)
-                digest.update(handle.read(_SAMPLE if size > _SAMPLE * _SAMPLES else -1))
+            if size <= _SAMPLE * _SAMPLES:
+                digest.update(handle.read())
+                continue
+            for index in range(_SAMPLES):
+                handle.seek(index * (size - _SAMPLE) // (_SAMPLES - 1))
+                digest.update(handle.read(_SAMPLE))
     return digest.hexdigest()
 
 
