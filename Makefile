@@ -10,12 +10,14 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: help install demo test lint types unit clean
+.PHONY: help install demo test test-ranks lint types unit bench clean
 
 help:
 	@echo "make demo    train a tiny model with SFT, then DPO, and show what changed (under 10 minutes)"
-	@echo "make test    lint, types and all tests (under 12 minutes)"
+	@echo "make test    lint, types and tests (about 12 minutes)"
+	@echo "make test-ranks  the 72B recipes on two processes (about 8 minutes)"
 	@echo "make unit    the fast tests alone"
+	@echo "make bench   speed and memory against stock (about 30 minutes; an idle machine)"
 	@echo "make clean   remove .venv and outputs"
 
 install: $(VENV)/installed
@@ -24,7 +26,7 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	pip install --quiet --upgrade pip
 	pip install --quiet "$(TORCH)"
-	pip install --quiet --editable ".[dev]"
+	pip install --quiet --editable ".[dev,deepspeed]"
 	touch $@
 
 demo: install
@@ -36,12 +38,19 @@ demo: install
 test: install lint types
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+test-ranks: install
+	python -m pytest tests/ranks
+
 lint: install
 	ruff check .
 	ruff format --check .
 
 types: install
 	mypy
+
+bench: install
+	python benchmarks/step.py --json benchmarks/step.json
+	python benchmarks/data_prep.py --json benchmarks/data_prep.json
 
 unit: install
 	python -m pytest tests/unit

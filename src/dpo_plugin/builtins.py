@@ -1,14 +1,15 @@
-"""Our own formats, strategies, losses and metrics, registered as a third party would."""
+"""Our own formats, strategies, losses, metrics and health checks, registered as a third party would."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from dpo_plugin import hookimpl
 from dpo_plugin.compute.losses import LOSSES, PreferenceLoss
 from dpo_plugin.data.formats import FORMATS, PreferenceFormat
 from dpo_plugin.model.references import STRATEGIES, ReferenceStrategy
+from dpo_plugin.monitor.checks import CHECKS
+from dpo_plugin.monitor.health import HealthCheck
 from dpo_plugin.monitor.metrics import METRICS, PreferenceMetric
 
 
@@ -37,6 +38,6 @@ def dpo_metrics() -> Mapping[str, PreferenceMetric]:
 
 
 @hookimpl
-def dpo_health_checks() -> Mapping[str, Callable[[Any], Any]]:
-    """None yet."""
-    return {}
+def dpo_health_checks() -> Mapping[str, HealthCheck]:
+    """Our health checks."""
+    return CHECKS

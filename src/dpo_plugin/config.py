@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -84,14 +84,93 @@ class DataConfig(_Section):
     )
 
 
+class LossConfig(_Section):
+    """What the loss is made of, beside axolotl's rl_beta, dpo_loss_type, dpo_loss_weights and dpo_label_smoothing."""
+
+    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
+        default="reverse_kl", description="Divergence between policy and reference. Plain DPO: reverse_kl."
+    )
+    f_alpha: float = Field(default=0.5, description="α of alpha_divergence; 1 is the reverse KL.")
+    ld_alpha: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="LD-DPO: weight of the tokens beyond the length of the pair's shorter answer. Default: 1.",
+    )
+    discopop_tau: float = Field(default=0.05, gt=0, description="Temperature of the loss discopop.")
+
+
+class ComputeConfig(_Section):
+    """How a step is computed; nothing here changes its result."""
+
+    prefix_sharing: Literal["auto"] | bool = Field(
+        default="auto",
+        description="Compute what chosen and rejected begin with once, in one row without padding. auto: where the "
+        "model is one that this is tested on and attn_implementation is not asked for by name; true: or stop; false: "
+        "two padded rows per pair.",
+    )
+    logits_chunk: int | None = Field(
+        default=None,
+        ge=1,
+        description="Completion tokens whose logits are held at a time. Default: 64 MiB of fp32 logits.",
+    )
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most tokens in one forward. A micro-batch that has more is split over several forwards and "
+        "backwards, with the same gradient, so micro_batch_size can be all pairs of a step. Default: no limit.",
+    )
+    checkpoint_layers: Literal["auto"] | int | None = Field(
+        default=None,
+        ge=0,
+        description="With gradient_checkpointing: how many decoder layers are checkpointed. auto: as few as the GPU's "
+        "memory allows for the longest micro-batch; where that is unknown, all. Default: all.",
+    )
+
+
+Action = Literal["warn", "stop", "off"]
+
+
+class HealthConfig(_Section):
+    """What happens when a health check finds something."""
+
+    action: Action = Field(
+        default="warn", description="warn: say it and go on; stop: save and stop the run; off: do not look."
+    )
+    checks: dict[str, Action] = Field(default_factory=dict, description="Another action for single checks, by name.")
+
+
+class SamplesConfig(_Section):
+    """Answers of policy and reference side by side, during training and in ``axolotl dpo compare``."""
+
+    prompts: str = Field(
+        default="eval",
+        description="eval: the prompts of the first pairs of the evaluation data; or a file, JSON lines with prompt "
+        "(text) or messages (chat), or plain text with one prompt per line.",
+    )
+    count: int = Field(default=4, ge=1, description="With prompts: eval, how many different prompts.")
+    every_steps: int = Field(default=100, ge=1, description="Optimizer steps between samples; also at the last step.")
+    max_new_tokens: int = Field(default=256, ge=1, description="Most tokens of an answer.")
+    temperature: float = Field(
+        default=0.0, ge=0, description="0: the likeliest token each time (greedy). Above: answers are drawn with it."
+    )
+
+
 class DPOPluginConfig(_Section):
     """The whole section."""
 
     reference: ReferenceConfig = Field(default_factory=ReferenceConfig, description="The reference policy.")
     data: DataConfig = Field(default_factory=DataConfig, description="How preference data is read.")
+    loss: LossConfig = Field(default_factory=LossConfig, description="The loss.")
+    compute: ComputeConfig = Field(default_factory=ComputeConfig, description="How a step is computed.")
+    health: HealthConfig = Field(default_factory=HealthConfig, description="Health checks during the run.")
+    report: bool = Field(default=True, description="Write report.html into output_dir at the end of the run.")
     metrics: list[str] | None = Field(
         default=None,
         description="Names of registered metrics to log beside the usual ones. Default: all registered.",
+    )
+    samples: SamplesConfig | None = Field(
+        default=None, description="Answers of policy and reference during training. Default: none."
     )
 
 
@@ -130,6 +209,5 @@ def _keys_at(path: list[str]) -> list[str]:
     model: type[BaseModel] = DPOPluginConfig
     for part in path:
         annotation = model.model_fields[part].annotation
-        assert isinstance(annotation, type)
-        model = annotation
+        model = next(kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
     return sorted(model.model_fields)

@@ -47,3 +47,15 @@ class CheckpointError(DPOPluginError):
 
 class ReferenceMismatchError(DPOPluginError):
     """Policy and reference should be equal at step 0 and are not."""
+
+
+class NotFiniteError(DPOPluginError):
+    """A log-probability is NaN or infinite; names step, row and source."""
+
+
+class RankMismatchError(DPOPluginError):
+    """The processes of a distributed run are about to do different things."""
+
+
+class HealthError(DPOPluginError):
+    """A health check whose action is ``stop`` has found something."""

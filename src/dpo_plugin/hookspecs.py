@@ -11,7 +11,7 @@ both owners. Mark implementations with ``dpo_plugin.hookimpl`` and announce the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pluggy import HookspecMarker
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from dpo_plugin.compute.losses import PreferenceLoss
     from dpo_plugin.data.formats import PreferenceFormat
     from dpo_plugin.model.references import ReferenceStrategy
-    from dpo_plugin.types import PairLogps
+    from dpo_plugin.monitor.history import History
+    from dpo_plugin.types import Finding, PairLogps
 
 hookspec = HookspecMarker("dpo_plugin")
 
@@ -47,5 +48,5 @@ def dpo_metrics() -> Mapping[str, Callable[[PairLogps], Tensor]]:  # type: ignor
 
 
 @hookspec
-def dpo_health_checks() -> Mapping[str, Callable[[Any], Any]]:  # type: ignore[empty-body]
-    """Health checks: ``(History) -> Finding | None``, called at each logging step."""
+def dpo_health_checks() -> Mapping[str, Callable[[History], Finding | None]]:  # type: ignore[empty-body]
+    """Health checks: ``(History) -> Finding | None``, called at each logging step; look at the last lines only."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, Self, TypedDict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,43 +54,57 @@ class RenderedPair:
 
 @dataclass(frozen=True, slots=True)
 class PairBatch:
-    """Pairs as two padded rows each: rows ``[0, pairs)`` are chosen, ``[pairs, 2 * pairs)`` rejected.
+    """Token ids of some pairs, in one of two layouts.
+
+    Two rows: rows ``[0, pairs)`` are prompt + chosen, ``[pairs, 2 * pairs)`` prompt + rejected, padded on the right.
+    Flat: one row, pair after pair, each as ``shared prefix | rest of chosen | rest of rejected``.
+
+    A *side* is one completion: ``[0, pairs)`` the chosen ones, ``[pairs, 2 * pairs)`` the rejected ones.
 
     Attributes:
-        input_ids: (2 * pairs, length) token ids.
-        attention_mask: (2 * pairs, length), 1 where a token is.
-        completion_mask: (2 * pairs, length), 1 on completion tokens.
+        input_ids: (rows, length) token ids.
+        predicts: (tokens,) positions in ``input_ids.flatten()`` whose output predicts a completion token.
+        labels: (tokens,) the completion tokens.
+        sides: (tokens,) the side each belongs to.
+        tail: (tokens,) whether it lies beyond the length of its pair's shorter completion.
+        pairs: Number of pairs.
+        attention_mask: (rows, length), 1 where a token is; two rows only.
+        position_ids: (1, length); flat only.
+        segments: Tokens of prefix, rest of chosen and rest of rejected for each pair; flat only.
         sources: One source per pair.
         keys: One digest of the exact token ids per pair, for the store of reference log-probs.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
-    completion_mask: Tensor
+    predicts: Tensor
+    labels: Tensor
+    sides: Tensor
+    tail: Tensor
+    pairs: int
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    segments: Sequence[tuple[int, int, int]] = ()
     sources: Sequence[str] = ()
     keys: Sequence[bytes] = ()
-
-    @property
-    def pairs(self) -> int:
-        """Number of pairs."""
-        return self.input_ids.shape[0] // 2
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionLogps:
-    """What one forward says of the completions, each (rows,) fp32, rows as in `PairBatch`.
+    """What one forward says of the completions, each (2 * pairs,), sides as in `PairBatch`, fp32 or the model's fp64.
 
     Attributes:
         sums: Log-probability of the completion in nats, summed over its tokens.
         tokens: Number of completion tokens.
         mean_logits: Mean logit over vocabulary and completion tokens.
         wpo_weights: WPO weight exp(mean aligned log-probability), or None if not asked for.
+        entropy: Mean entropy of the next token's distribution, nats per completion token, or None if not asked for.
     """
 
     sums: Tensor
     tokens: Tensor
     mean_logits: Tensor
     wpo_weights: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +122,9 @@ class PairLogps:
         rejected_logits: The same for rejected.
         beta: Strength of the tie to the reference (Rafailov et al. 2023, eq. 7).
         sources: One source per pair.
+        chosen_entropy: Mean entropy of the policy over chosen's completion, nats per token, no gradient; None if it was
+            not computed.
+        rejected_entropy: The same for rejected.
     """
 
     policy_chosen_logps: Tensor
@@ -120,6 +137,8 @@ class PairLogps:
     rejected_logits: Tensor
     beta: float
     sources: Sequence[str] = ()
+    chosen_entropy: Tensor | None = None
+    rejected_entropy: Tensor | None = None
 
     @property
     def chosen_logratios(self) -> Tensor:
@@ -140,3 +159,93 @@ class PairLogps:
     def rejected_rewards(self) -> Tensor:
         """Implicit reward β (log π − log π_ref) of rejected, (pairs,)."""
         return self.beta * self.rejected_logratios
+
+
+# ── what health checks see and say ──
+
+Severity = Literal["error", "warning"]
+"""error: the run teaches nothing, or something else than was asked. warning: it would go better otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What is known of a run before its first step; None where it is not known.
+
+    Attributes:
+        beta: β.
+        learning_rate: The peak learning rate.
+        losses: Names of the losses.
+        adapter_dtype: Dtype in which the optimizer updates the trained weights, e.g. ``float32``.
+        weight_rms: Root mean square of the trained weights at the start.
+        lora_r: Rank of the adapter.
+        trainable_share: Trained parameters / all parameters.
+        sequence_len: Most tokens of prompt + completion.
+        planned_steps: Optimizer steps that the run is to take.
+        epochs: Epochs that the run is to take.
+        starts_as_reference: Whether policy and reference have the same weights before the first step.
+        reference_fixed: Whether the reference must stay as it is.
+    """
+
+    beta: float | None = None
+    learning_rate: float | None = None
+    losses: Sequence[str] = ()
+    adapter_dtype: str | None = None
+    weight_rms: float | None = None
+    lora_r: int | None = None
+    trainable_share: float | None = None
+    sequence_len: int | None = None
+    planned_steps: int | None = None
+    epochs: float | None = None
+    starts_as_reference: bool | None = None
+    reference_fixed: bool | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Facts as they were written to JSON; keys of another version are passed over."""
+        known = {entry.name for entry in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a health check found.
+
+    Attributes:
+        what: What was found, in a sentence.
+        advice: What to change; ends with the line to write.
+        severity: How bad it is.
+        since: First step at which it was so.
+        numbers: What it was found by.
+        check: The check's registered name; filled in by `HealthMonitor`.
+        last: Last step at which it was so; filled in by `HealthMonitor`.
+    """
+
+    what: str
+    advice: str
+    severity: Severity = "warning"
+    since: int = 0
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    check: str = ""
+    last: int = 0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """A finding as it was written to JSON; keys of another version are passed over.
+
+        Raises:
+            TypeError: If ``what`` or ``advice`` is missing.
+        """
+        known = {entry.name for entry in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """One line for the log."""
+        return f"health: {self.check} ({self.severity}, since step {self.since}): {self.what}. {self.advice}"

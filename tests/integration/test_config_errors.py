@@ -36,7 +36,7 @@ def prepare(config, folder):
         (
             {"dpo_plugin": {"refrence": {}}},
             ConfigError,
-            "unknown key `dpo_plugin.refrence`. Known: data, metrics, reference.*reference",
+            "unknown key `dpo_plugin.refrence`. Known: compute, data, health, loss, metrics, reference, report, samples.*reference",
         ),
         (
             {"dpo_plugin": {"reference": {"strat": "x"}}},
@@ -53,6 +53,55 @@ def prepare(config, folder):
             ConfigError,
             "'rewards/margin'.*Write: dpo_plugin.metrics: rewards/margins",
         ),
+        (
+            {"dpo_loss_type": ["sigmoid", "sft"], "dpo_loss_weights": [1.0]},
+            ConfigError,
+            r"`dpo_loss_weights` has 1 numbers for 2 losses \(sigmoid, sft\). Write: dpo_loss_weights: \[1.0, 1.0\]",
+        ),
+        ({"dpo_label_smoothing": 0.5}, ConfigError, "`dpo_label_smoothing: 0.5` is the share.*below 0.5. Write"),
+        ({"dpo_label_smoothing": -0.1}, ConfigError, "`dpo_label_smoothing: -0.1` is the share"),
+        (
+            {"dpo_label_smoothing": 0.1, "dpo_loss_type": ["hinge"]},
+            ConfigError,
+            "is not used by hinge, only by aot, aot_unpaired, exo_pair, robust, sigmoid. Write: dpo_label_smoothing: 0",
+        ),
+        ({"dpo_loss_type": ["exo_pair"]}, ConfigError, "above 0 .* exo_pair.*Write: dpo_label_smoothing: 0.001"),
+        (
+            {"dpo_loss_type": ["aot"], "dpo_plugin": {"compute": {"max_tokens": 512}}},
+            ConfigError,
+            "'aot' sees its pairs together. Remove max_tokens",
+        ),
+        ({"dpo_plugin": {"compute": {"max_tokens": 0}}}, ConfigError, "`dpo_plugin.compute.max_tokens`.*greater"),
+        ({"dpo_plugin": {"loss": {"f_divergence": "kl"}}}, ConfigError, "`dpo_plugin.loss.f_divergence`.*reverse_kl"),
+        (
+            {"attn_implementation": "sdpa", "torch_compile": True, "dpo_plugin": {"compute": {"prefix_sharing": True}}},
+            ConfigError,
+            "`torch_compile`.*prefix_sharing: true.*Write: auto",
+        ),
+        (
+            {"deepspeed": "deepspeed_configs/zero3_bf16.json", "fsdp_config": {"fsdp_version": 2}},
+            ConfigError,
+            "`deepspeed` and `fsdp_config` are both set.*Remove one",
+        ),
+        ({"deepspeed": "zero9.json"}, ConfigError, "`deepspeed: zero9.json` does not exist. Write: deepspeed:"),
+        ({"deepspeed": "pyproject.toml"}, ConfigError, "`deepspeed: pyproject.toml` is no JSON"),
+        (
+            {"deepspeed": "deepspeed_configs/zero3_bf16.json", "load_in_8bit": True},
+            ConfigError,
+            "`load_in_8bit: true` cannot be partitioned by ZeRO-3.*Write: load_in_4bit: true",
+        ),
+        (
+            {"deepspeed": {"train_micro_batch_size_per_gpu": 3}},
+            ConfigError,
+            '`train_micro_batch_size_per_gpu: 3`.*config, which says 4. Write there: "train_micro_batch_size_per_gpu": "auto"',
+        ),
+        ({"deepspeed": {"train_batch_size": 5}}, ConfigError, "`train_batch_size: 5`.*which says 4"),
+        (
+            {"dpo_plugin": {"health": {"checks": {"loss_at_ln": "stop"}}}},
+            ConfigError,
+            "`dpo_plugin.health.checks` names the health check 'loss_at_ln'.*Write: dpo_plugin.health.checks: loss_at_ln2",
+        ),
+        ({"dpo_plugin": {"health": {"action": "panic"}}}, ConfigError, "`dpo_plugin.health.action`.*'warn', 'stop'"),
         ({"dpo_plugin": {"metrics": "all"}}, ConfigError, "`dpo_plugin.metrics`.*list"),
         (
             {"dpo_plugin": {"reference": {"strategy": "adapter"}}},

@@ -22,6 +22,8 @@ def validated(recipe: Path, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch):
     raw = DictDefault(yaml.safe_load(recipe.read_text(encoding="utf-8")))
     if raw.lora_model_dir:
         raw.lora_model_dir = str(adapter_dir)
+    if raw.dpo_plugin and (raw.dpo_plugin.reference or {}).get("adapter_dir"):
+        raw.dpo_plugin.reference.adapter_dir = str(adapter_dir)
     PluginManager.get_instance().plugins.clear()
     prepare_plugins(raw)
     capabilities = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
@@ -70,6 +72,45 @@ def test_the_72b_recipe_is_the_published_one(base_dir, tmp_path, monkeypatch):
     assert zero["overlap_comm"] is zero["contiguous_gradients"] is True
     assert zero["reduce_bucket_size"] == zero["stage3_prefetch_bucket_size"] == 104857600
     assert zero["stage3_param_persistence_threshold"] == 1048576
+
+
+def test_accelerates_fsdp_config_says_what_the_recipe_says():
+    recipe = yaml.safe_load((ROOT / "recipes/qwen72b-dpo-fsdp.yaml").read_text(encoding="utf-8"))
+    theirs = yaml.safe_load((ROOT / "fsdp_configs/fsdp2_qlora.yaml").read_text(encoding="utf-8"))
+    without_prefix = {key.removeprefix("fsdp_"): value for key, value in theirs["fsdp_config"].items()}
+    assert without_prefix == {"version": recipe["fsdp_version"], **recipe["fsdp_config"]}
+    assert (theirs["mixed_precision"] == "bf16") is recipe["bf16"]
+
+
+def test_both_72b_recipes_train_the_same():
+    zero3, fsdp2 = (
+        yaml.safe_load((ROOT / f"recipes/qwen72b-dpo{name}.yaml").read_text(encoding="utf-8")) for name in ("", "-fsdp")
+    )
+    engine = {"deepspeed", "fsdp_version", "fsdp_config", "output_dir", "bnb_config_kwargs"}
+    assert {k: v for k, v in zero3.items() if k not in engine} == {k: v for k, v in fsdp2.items() if k not in engine}
+
+
+def test_the_72b_shape_has_the_published_number_of_trainable_parameters():
+    """r (in + out) for q, k, v, o, gate, up, down of 80 layers, hidden 8192, 64 and 8 heads of 128, MLP 29568, r = 16."""
+    from accelerate import init_empty_weights
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    recipe = yaml.safe_load((ROOT / "recipes/qwen72b-dpo-fsdp.yaml").read_text(encoding="utf-8"))
+    config = Qwen2Config(
+        hidden_size=8192, intermediate_size=29568, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, vocab_size=152064, tie_word_embeddings=False,
+    )  # fmt: skip
+    lora = LoraConfig(r=recipe["lora_r"], target_modules=recipe["lora_target_modules"], task_type="CAUSAL_LM")
+    with init_empty_weights():
+        model = get_peft_model(Qwen2ForCausalLM(config), lora)
+    by_hand = 80 * 16 * (2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 29568))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == by_hand == 210_534_400
+    found = {name.split(".lora_")[0].split(".")[-1] for name, _ in model.named_parameters() if ".lora_" in name}
+    assert found == set(recipe["lora_target_modules"])
+    units = [m for m in model.modules() if type(m).__name__ == recipe["fsdp_config"]["transformer_layer_cls_to_wrap"]]
+    assert len(units) == 80
+    assert type(units[0]).__name__ in Qwen2ForCausalLM._no_split_modules  # what ZeRO-3 fetches one after another
 
 
 def test_the_preference_set_is_what_the_readme_says():

@@ -69,6 +69,21 @@ def chat_row(question: str, chosen: str, rejected: str, source: str = "made") ->
     }
 
 
+def example(prompt: int, chosen: int, rejected: int, common: int = 0, seed: int = 0, **more: Any) -> dict[str, Any]:
+    """Random ids of a pair whose answers begin with the same `common` tokens."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(5, 250, (count,), generator=draw).tolist()
+
+    begin = ids(common)
+    sides = {
+        "chosen_ids": [*begin, 1, *ids(chosen - common - 1)],
+        "rejected_ids": [*begin, 2, *ids(rejected - common - 1)],
+    }
+    return {"prompt_ids": ids(prompt), **sides, **more}
+
+
 def dpo_config(base_dir: Path, output_dir: Path, **settings: Any) -> dict[str, Any]:
     """A DPO config on the tiny base; settings replace or add keys, None removes one."""
     config = {
@@ -96,7 +111,6 @@ def dpo_config(base_dir: Path, output_dir: Path, **settings: Any) -> dict[str, A
         "optimizer": "adamw_torch",
         "bf16": False,
         "tf32": False,
-        "attn_implementation": "sdpa",
         "lora_mlp_kernel": False,  # these kernels need a GPU
         "lora_qkv_kernel": False,
         "lora_o_kernel": False,

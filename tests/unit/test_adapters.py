@@ -10,10 +10,10 @@ from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from dpo_plugin.compute.batching import PairCollator, to_pair_batch
 from dpo_plugin.compute.logps import run_model
 from dpo_plugin.errors import AdapterError
 from dpo_plugin.model.adapters import POLICY, REFERENCE, AdapterFolder, adapter_digest, adapter_tensors, attach
-from dpo_plugin.types import PairBatch
 from tests.support import tiny
 
 KINDS = {
@@ -114,8 +114,7 @@ def test_switching_touches_no_parameter_hook_or_module(base_dir, sft_dir, monkey
 def test_policy_and_reference_take_the_same_numeric_path(base_dir, sft_dir, dtype):
     adapter = AdapterFolder.open(sft_dir, "lora_model_dir")
     model = attach(AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype), adapter, adapter)
-    mask = torch.ones_like(IDS)
-    batch = PairBatch(IDS, mask, mask)
+    batch = to_pair_batch(PairCollator(0)([tiny.example(6, 5, 7)]))
     policy = run_model(model, batch).sums
     with model.reference_active():
         assert torch.equal(run_model(model, batch).sums, policy)

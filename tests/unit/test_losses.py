@@ -8,9 +8,10 @@ import pytest
 import torch
 from trl import DPOTrainer
 
-from dpo_plugin.compute.logps import pair_logps, total_loss
+from dpo_plugin.compute.batching import PairCollator, to_pair_batch
+from dpo_plugin.compute.logps import ForwardOptions, completion_logps, pair_logps, total_loss
 from dpo_plugin.compute.losses import LOSSES, LossOptions
-from dpo_plugin.types import CompletionLogps, PairLogps
+from dpo_plugin.types import PairLogps
 
 
 def logps(pc, pr, rc, rr, beta=1.0, tokens=(1.0, 1.0)) -> PairLogps:
@@ -41,68 +42,89 @@ def test_smoothed_sigmoid_by_hand():
     assert loss.item() == pytest.approx(0.326928, abs=1e-5)
 
 
-def trl_loss(
-    name: str, logits: torch.Tensor, ref: torch.Tensor, inputs: dict, beta: float, smoothing: float, wpo: bool
-):
+def trl_loss(logits: torch.Tensor, ref: torch.Tensor, inputs: dict, **settings):
     """Drive TRL's `_compute_loss` with made logits and given reference log-probs."""
     same = SimpleNamespace(gather_for_metrics=lambda x: x, gather=lambda x: x, device="cpu")
     trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True), accelerator=same, aux_loss_enabled=False, ld_alpha=None,
-        precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=[name], loss_weights=[1.0], beta=beta,
-        label_smoothing=smoothing, use_weighting=wpo, args=SimpleNamespace(discopop_tau=0.05), _total_train_tokens=0,
-        _metrics={"train": mock.MagicMock()},
+        model=SimpleNamespace(training=True), accelerator=same, aux_loss_enabled=False,
+        precompute_ref_logps=True, loss_weights=[1.0], args=SimpleNamespace(discopop_tau=0.05), _total_train_tokens=0,
+        _metrics={"train": mock.MagicMock()}, **settings,
     )  # fmt: skip
     batch = {**inputs, "ref_chosen_logps": ref[:, 0], "ref_rejected_logps": ref[:, 1]}
     return DPOTrainer._compute_loss(trainer, lambda **_: SimpleNamespace(logits=logits), batch, False)
 
 
-@pytest.mark.parametrize("wpo", [False, True])
-@pytest.mark.parametrize("name", sorted(LOSSES))
-def test_value_and_gradient_are_those_of_trl(name: str, wpo: bool):
-    from dpo_plugin.compute.logps import completion_logps
-    from dpo_plugin.types import PairBatch
-
-    if wpo and name in {"aot", "aot_unpaired", "hinge", "sft"}:
-        pytest.skip("TRL 1.9 refuses WPO with aot, and its in-place product breaks autograd for hinge and sft")
+def compare_with_trl(name: str, wpo=False, ld_alpha=None, f_divergence="reverse_kl", f_alpha=0.5):
     torch.manual_seed(3)
-    pairs, length, vocabulary, beta = 6, 9, 11, 0.3
+    pairs, vocabulary, beta = 6, 11, 0.3
     smoothing = 0.0 if name == "sigmoid" else 0.1  # TRL 1.9 leaves sigmoid's label smoothing out
-    ids = torch.randint(vocabulary, (2 * pairs, length))
-    mask = torch.zeros_like(ids)
-    for row in range(2 * pairs):
-        mask[row, 3 : 5 + row % 4] = 1
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}
-    values = torch.randn(2 * pairs, length, vocabulary)
+    rows = [
+        {
+            "prompt_ids": torch.randint(vocabulary, (3,)).tolist(),
+            "chosen_ids": torch.randint(vocabulary, (2 + pair % 4,)).tolist(),
+            "rejected_ids": torch.randint(vocabulary, (1 + pair * 2 % 5,)).tolist(),
+        }
+        for pair in range(pairs)
+    ]
+    batch = to_pair_batch(PairCollator(0)(rows))
+    mask = torch.zeros_like(batch.input_ids).flatten()
+    mask[batch.predicts + 1] = 1
+    inputs = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "completion_mask": mask.view_as(batch.input_ids),
+    }
+    values = torch.randn(*batch.input_ids.shape, vocabulary)
     ref = torch.randn(pairs, 2) - 8
 
     theirs_in = values.clone().requires_grad_()
-    theirs = trl_loss(name, theirs_in, ref, inputs, beta, smoothing, wpo)
+    theirs = trl_loss(
+        theirs_in, ref, inputs, loss_types=[name], beta=beta, label_smoothing=smoothing, use_weighting=wpo,
+        ld_alpha=ld_alpha, f_divergence_type=f_divergence, f_alpha_divergence_coef=f_alpha,
+    )  # fmt: skip
     theirs.backward()
 
     ours_in = values.clone().requires_grad_()
-    policy = completion_logps(ours_in, PairBatch(**inputs), wpo=wpo)
-    assert isinstance(policy, CompletionLogps)
-    options = LossOptions(beta, smoothing)
-    both = pair_logps(policy, ref, beta)
-    ours = total_loss(both, {name: (LOSSES[name], 1.0)}, options, policy.wpo_weights).mean()
+    policy = completion_logps(ours_in, batch, ForwardOptions(wpo=wpo, ld_alpha=ld_alpha))
+    options = LossOptions(beta, smoothing, f_divergence=f_divergence, f_alpha=f_alpha)
+    ours = total_loss(pair_logps(policy, ref, beta), {name: (LOSSES[name], 1.0)}, options, policy.wpo_weights).mean()
     ours.backward()
 
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(ours_in.grad, theirs_in.grad, atol=1e-6, rtol=1e-5)
+    return ours.item()
+
+
+@pytest.mark.parametrize("wpo", [False, True])
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_value_and_gradient_are_those_of_trl(name: str, wpo: bool):
+    if wpo and name in {"aot", "aot_unpaired", "hinge", "sft"}:
+        pytest.skip("TRL 1.9 refuses WPO with aot, and its in-place product breaks autograd for hinge and sft")
+    compare_with_trl(name, wpo)
+
+
+@pytest.mark.parametrize("name", sorted({*LOSSES} - {"sft"}))
+def test_ld_alpha_is_that_of_trl(name: str):
+    assert compare_with_trl(name, ld_alpha=0.3) != compare_with_trl(name)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+@pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence", "alpha_divergence"])
+@pytest.mark.parametrize("name", sorted({*LOSSES} - {"aot", "aot_unpaired", "apo_zero", "sft"}))
+def test_f_divergences_are_those_of_trl(name: str, divergence: str, alpha: float):
+    found = compare_with_trl(name, f_divergence=divergence, f_alpha=alpha)
+    plain = (divergence, alpha) == ("alpha_divergence", 1.0)
+    assert (found == compare_with_trl(name)) == plain
 
 
 def test_completion_logps_are_summed_in_fp32():
     """bf16 logits: the sum over 200 tokens equals the fp64 sum of the same logits to 1e-3, not to bf16's 1e-2 of 300."""
-    from dpo_plugin.compute.logps import completion_logps
-    from dpo_plugin.types import PairBatch
-
     torch.manual_seed(0)
+    row = torch.randint(50, (201,)).tolist()
+    batch = to_pair_batch(PairCollator(0)([{"prompt_ids": row[:1], "chosen_ids": row[1:], "rejected_ids": row[1:]}]))
     logits = torch.randn(2, 201, 50).bfloat16()
-    ids = torch.randint(50, (2, 201))
-    mask = torch.ones_like(ids)
-    mask[:, 0] = 0
-    found = completion_logps(logits, PairBatch(ids, mask, mask))
-    exact = logits[:, :-1].double().log_softmax(-1).gather(2, ids[:, 1:, None]).sum((1, 2))
+    found = completion_logps(logits, batch)
+    exact = logits[:, :-1].double().log_softmax(-1).gather(2, batch.input_ids[:, 1:, None]).sum((1, 2))
     assert found.sums.dtype == torch.float32
     assert (found.sums.double() - exact).abs().max() < 1e-3
     assert found.tokens.tolist() == [200, 200]

@@ -1,57 +1,191 @@
-"""From token ids to `PairBatch`."""
+"""From token ids to `PairBatch`: two padded rows per pair, or one flat row in which a pair's prefix stands once."""
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dpo_plugin.errors import DataError
 from dpo_plugin.types import PairBatch
+
+Example = Mapping[str, Any]
+"""A row of ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` and perhaps ``source``."""
 
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Pads pairs to two rows each, chosen rows first.
+    """Lays pairs out for a forward.
 
     Attributes:
         pad_token_id: Id that fills the right of short rows.
         pad_to_multiple_of: Row length is rounded up to a multiple of this.
+        flat: One flat row instead of two rows per pair.
+        max_tokens: Most tokens, padding included, in one forward; more pairs than that are split over several.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    flat: bool = False
+    max_tokens: int | None = None
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Collate rows of ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` and perhaps ``source``.
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Collate pairs.
 
         Returns:
-            The fields of `PairBatch` as a dict, the form that the host's data loader moves to a device.
+            The fields of `PairBatch` as a dict, the form that the host's data loader moves to a device; with
+            ``max_tokens``, ``{"packs": [one such dict per forward]}``.
+
+        Raises:
+            DataError: If a single pair is longer than ``max_tokens``.
         """
-        sides = [
-            (example["prompt_ids"], example[side]) for side in ("chosen_ids", "rejected_ids") for example in examples
-        ]
-        length = max(len(prompt) + len(completion) for prompt, completion in sides)
+        if self.max_tokens is None:
+            return self._lay_out(examples)
+        return {"packs": [self._lay_out(pack) for pack in self.packs(examples)]}
+
+    def _lay_out(self, examples: Sequence[Example]) -> dict[str, Any]:
+        batch = flat_row(examples) if self.flat else two_rows(examples, self.pad_token_id)
+        return pad_right(batch, self.pad_token_id, self.pad_to_multiple_of or 1)
+
+    def tokens(self, examples: Sequence[Example]) -> int:
+        """Tokens, padding included, that one forward of these pairs takes."""
+        if self.flat:
+            tokens = sum(sum(shared_segments(example)) for example in examples)
+        else:
+            tokens = max(len(ids) for example in examples for ids in sequences(example))
         multiple = self.pad_to_multiple_of or 1
-        length = -(-length // multiple) * multiple
-        input_ids = torch.full((len(sides), length), self.pad_token_id, dtype=torch.long)
-        attention_mask = torch.zeros((len(sides), length), dtype=torch.long)
-        completion_mask = torch.zeros((len(sides), length), dtype=torch.long)
-        for row, (prompt, completion) in enumerate(sides):
-            end = len(prompt) + len(completion)
-            input_ids[row, :end] = torch.tensor([*prompt, *completion])
-            attention_mask[row, :end] = 1
-            completion_mask[row, len(prompt) : end] = 1
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "completion_mask": completion_mask,
-            "sources": [str(example.get("source") or "") for example in examples],
-            "keys": [row_key(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in examples],
-        }
+        return -(-tokens // multiple) * multiple * (1 if self.flat else 2 * len(examples))
+
+    def packs(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """Split pairs over as few forwards as first-fit-decreasing finds, each of ``max_tokens`` at most."""
+        assert self.max_tokens is not None
+        packs: list[list[Example]] = []
+        for example in sorted(examples, key=lambda one: self.tokens([one]), reverse=True):
+            self.check_fits(example)
+            fits = (pack for pack in packs if self.tokens([*pack, example]) <= self.max_tokens)
+            pack = next(fits, None)
+            if pack is None:
+                packs.append([example])
+            else:
+                pack.append(example)
+        return packs
+
+    def check_fits(self, example: Example, name: str = "a pair") -> None:
+        """Raise if a pair alone is longer than ``max_tokens``.
+
+        Raises:
+            DataError: Naming the pair, its tokens and the line to write.
+        """
+        if self.max_tokens is not None and (tokens := self.tokens([example])) > self.max_tokens:
+            source = f" of source {example['source']!r}" if example.get("source") else ""
+            raise DataError(
+                f"{name}{source} takes {tokens} tokens, more than `dpo_plugin.compute.max_tokens: {self.max_tokens}`. "
+                f"Write: max_tokens: {tokens} (or more), or a smaller sequence_len"
+            )
+
+
+def sequences(example: Example) -> tuple[list[int], list[int]]:
+    """What the model reads for chosen and for rejected."""
+    prompt = list(example["prompt_ids"])
+    return prompt + list(example["chosen_ids"]), prompt + list(example["rejected_ids"])
+
+
+def shared_segments(example: Example) -> tuple[int, int, int]:
+    """Tokens of the longest common prefix, of the rest of chosen and of the rest of rejected; no rest is empty."""
+    chosen, rejected = example["chosen_ids"], example["rejected_ids"]
+    prompt = len(example["prompt_ids"])
+    most = min(len(chosen), len(rejected)) - 1
+    common = next((at for at in range(max(most, 0)) if chosen[at] != rejected[at]), most)
+    prefix = prompt + common
+    return prefix, prompt + len(chosen) - prefix, prompt + len(rejected) - prefix
+
+
+def two_rows(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any]:
+    """The fields of a `PairBatch` of two padded rows per pair."""
+    rows = [row for side in zip(*map(sequences, examples), strict=True) for row in side]
+    length = max(map(len, rows))
+    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row)] = torch.tensor(row)
+        attention_mask[number, : len(row)] = 1
+    predicts = [
+        torch.arange(length * number + first - 1, length * number + end - 1)
+        for number, (first, end) in enumerate(_completions(examples))
+    ]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, **_fields(examples, predicts)}
+
+
+def flat_row(examples: Sequence[Example]) -> dict[str, Any]:
+    """The fields of a flat `PairBatch`: nothing is read twice and nothing is padded."""
+    ids: list[int] = []
+    positions, segments, chosen_predicts, rejected_predicts = [], [], [], []
+    for example, (first, end) in zip(examples, _completions(examples), strict=False):
+        chosen, rejected = sequences(example)
+        prefix, *rest = shared_segments(example)
+        start = len(ids)
+        ids += chosen + rejected[prefix:]
+        positions += [torch.arange(len(chosen)), torch.arange(prefix, len(rejected))]
+        segments.append((prefix, *rest))
+        chosen_predicts.append(torch.arange(start + first - 1, start + end - 1))
+        predicts = torch.arange(first - 1, len(rejected) - 1)
+        rejected_predicts.append(start + torch.where(predicts < prefix, predicts, predicts + len(chosen) - prefix))
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.cat(positions)[None],
+        "segments": segments,
+        **_fields(examples, chosen_predicts + rejected_predicts),
+    }
+
+
+def _completions(examples: Sequence[Example]) -> Iterator[tuple[int, int]]:
+    """First and last-but-one-past position of each side's completion; a first token of all predicts nothing."""
+    for side in ("chosen_ids", "rejected_ids"):
+        for example in examples:
+            prompt = len(example["prompt_ids"])
+            yield max(prompt, 1), prompt + len(example[side])
+
+
+def _fields(examples: Sequence[Example], predicts: list[Tensor]) -> dict[str, Any]:
+    pairs = len(examples)
+    lengths = [len(positions) for positions in predicts]
+    labels = [
+        row[first:end]
+        for side, (first, end) in enumerate(_completions(examples))
+        for row in [sequences(examples[side % pairs])[side // pairs]]
+    ]
+    shorter = [min(lengths[side % pairs], lengths[side % pairs + pairs]) for side in range(2 * pairs)]
+    tail = [torch.arange(length) >= least for length, least in zip(lengths, shorter, strict=True)]
+    return {
+        "predicts": torch.cat(predicts),
+        "labels": torch.tensor([token for label in labels for token in label], dtype=torch.long),
+        "sides": torch.repeat_interleave(torch.arange(2 * pairs), torch.tensor(lengths)),
+        "tail": torch.cat(tail),
+        "pairs": pairs,
+        "sources": [str(example.get("source") or "") for example in examples],
+        "keys": [row_key(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in examples],
+    }
+
+
+def pad_right(batch: dict[str, Any], pad_token_id: int, multiple: int) -> dict[str, Any]:
+    """Lengthen the rows to a multiple; what is added belongs to no pair."""
+    length = batch["input_ids"].shape[1]
+    extra = -length % multiple
+    if not extra:
+        return batch
+    fill = {"input_ids": pad_token_id, "attention_mask": 0, "position_ids": 0}
+    padded = {
+        name: torch.nn.functional.pad(batch[name], (0, extra), value=value)
+        for name, value in fill.items()
+        if name in batch
+    }
+    predicts = batch["predicts"]
+    return {**batch, **padded, "predicts": predicts // length * (length + extra) + predicts % length}
 
 
 def row_key(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> bytes:
@@ -65,3 +199,16 @@ def row_key(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int
 def to_pair_batch(collated: Mapping[str, Any]) -> PairBatch:
     """Name the fields of a collated dict."""
     return PairBatch(**{name: collated[name] for name in PairBatch.__dataclass_fields__ if name in collated})
+
+
+def find_row(rows: Iterable[Example], key: bytes) -> str | None:
+    """What to call the row with this key in a message, or None if it is not among them."""
+    for number, row in enumerate(rows):
+        if row_key(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) == key:
+            return row_name(row, number)
+    return None
+
+
+def row_name(row: Example, number: int) -> str:
+    """``row <number in its file, from 1>`` where the data says so, else by its place in the prepared data."""
+    return f"row {row['row']}" if row.get("row") is not None else f"prepared row {number + 1}"

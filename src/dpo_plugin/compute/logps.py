@@ -1,54 +1,289 @@
-"""Completion log-probabilities in fp32, whatever the model's dtype."""
+"""Completion log-probabilities in fp32, whatever the model's dtype, without the logits of a whole batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
+from dpo_plugin.compute.attention import NAME, PairSegments
 from dpo_plugin.compute.losses import LossOptions, PreferenceLoss
 from dpo_plugin.types import CompletionLogps, PairBatch, PairLogps
 
+CHUNK_BYTES = 64 * 2**20
+"""fp32 logits that are held at a time unless the config says how many rows."""
 
-def completion_logps(logits: Tensor, batch: PairBatch, wpo: bool = False) -> CompletionLogps:
-    """Sum the log-probabilities of the completion tokens.
+FINAL_HEADS = ("llama", "mistral", "phi", "phi3", "qwen2", "qwen3")
+"""Model types whose logits are what the head returns, with no soft-cap or scale behind it; tests hold each."""
 
-    Only the rows that predict a completion token are taken to fp32. TRL 1.9 takes the log-softmax and its sum in
-    the model's dtype, which in bf16 moves rewards in steps of 0.05 (trl/trainer/dpo_trainer.py:1347).
+LOGP, MEAN_LOGIT, LOG_COLLISION, ENTROPY = range(4)
+"""Columns of what a head says of a token: log π(token), mean logit, log Σ_v π(v)² for WPO, and entropy in nats."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardOptions:
+    """How completions are scored.
+
+    Attributes:
+        wpo: Also compute WPO weights (Zhou et al. 2024, arXiv 2406.11827, eq. 2).
+        ld_alpha: Weight of the tokens beyond the length of the pair's shorter completion: LD-DPO (Liu et al. 2024,
+            arXiv 2409.06411); None or 1 leaves them as they are.
+        entropy: Also compute the entropy of each token's distribution.
+        chunk: Completion tokens whose logits are held at a time; None for `CHUNK_BYTES` of them.
+    """
+
+    wpo: bool = False
+    ld_alpha: float | None = None
+    entropy: bool = False
+    chunk: int | None = None
+
+
+def run_model(model: Callable[..., Any], batch: PairBatch, options: ForwardOptions | None = None) -> CompletionLogps:
+    """Forward a batch through the root module and take the completions' log-probs.
+
+    The head's own forward is what is called, inside the root's, so that ZeRO-3 and FSDP2 gather its weight. Where
+    logits are changed behind the head (soft-cap, scale), those of the rows with a completion token are computed whole.
 
     Args:
-        logits: (rows, length, vocabulary), any float dtype.
-        batch: The batch that was run.
-        wpo: Also compute WPO weights (Zhou et al. 2024, arXiv 2406.11827, eq. 2).
+        model: The model as the engine wrapped it.
+        batch: The pairs; a flat batch needs a model set to `dpo_plugin.compute.attention.NAME`.
+        options: How completions are scored.
+
+    Raises:
+        ValueError: For a flat batch on a model with another attention, which would lose the prompt of rejected; or if
+            the engine rounds what the root returns, as FSDP2 does with a low ``output_dtype``.
     """
-    predicts = batch.completion_mask[:, 1:].bool()
-    row = predicts.nonzero()[:, 0]
-    labels = batch.input_ids[:, 1:][predicts]
-    scores = logits[:, :-1][predicts].float()
-    normaliser = scores.logsumexp(dim=-1)
-    token_logps = scores.gather(1, labels[:, None])[:, 0] - normaliser
-    rows = logits.shape[0]
-    tokens = predicts.sum(dim=1).float()
-    at_least_one = tokens.clamp(min=1)
+    options = options or ForwardOptions()
+    inner = unwrapped(model)
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    if batch.segments:
+        if inner.config._attn_implementation != NAME:
+            raise ValueError(f"a flat batch needs model.set_attn_implementation({NAME!r})")
+        device = batch.input_ids.device
+        inputs["position_ids"] = batch.position_ids
+        inputs["pair_segments"] = PairSegments(batch.segments, batch.input_ids.shape[1], device)
+        # A mask of four dimensions is handed on as it is, and nothing is built for positions that start anew.
+        inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    if scores_in_head(inner):
+        with scoring_head(inner.get_output_embeddings(), batch, options):
+            scores = model(**inputs).logits[0]
+        if scores.dtype.itemsize < 4:
+            raise ValueError(
+                f"the engine casts log-probs to {scores.dtype}. Write: MixedPrecisionPolicy(output_dtype=None)"
+            )
+        return sum_completions(scores, batch, options)
+    keep, rows = _rows_to_keep(batch)
+    logits = model(**inputs, logits_to_keep=keep).logits
+    if logits.shape[1] != len(keep):  # a model that knows no logits_to_keep
+        rows = batch.predicts
+    return sum_completions(token_scores(logits.flatten(0, 1)[rows], batch.labels, options), batch, options)
 
-    def per_row(values: Tensor) -> Tensor:
-        return torch.zeros(rows, device=values.device, dtype=values.dtype).index_add(0, row, values)
 
-    weights = None
+def unwrapped(model: Any) -> Any:
+    """The model inside DDP's or DeepSpeed's wrapper."""
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
+    return model
+
+
+def scores_in_head(model: Any) -> bool:
+    """Whether the head's output is the model's output, so that the head itself can score tokens."""
+    return getattr(getattr(model, "config", None), "model_type", None) in FINAL_HEADS
+
+
+def _rows_to_keep(batch: PairBatch) -> tuple[Tensor, Tensor]:
+    """Positions that predict a completion token in any row, and where ``batch.predicts`` is among them."""
+    length = batch.input_ids.shape[1]
+    keep, place = torch.unique(batch.predicts % length, return_inverse=True)
+    return keep, batch.predicts // length * len(keep) + place
+
+
+# ── the head ──
+
+
+@contextmanager
+def scoring_head(head: Any, batch: PairBatch, options: ForwardOptions) -> Iterator[None]:
+    """Let a head return scores of the completion tokens, (1, tokens, columns), instead of logits of all positions."""
+    before = head.__dict__.get("forward")
+    logits_of = head.forward
+
+    def forward(hidden: Tensor) -> Tensor:
+        rows = hidden.flatten(0, -2)[batch.predicts]
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
+        return chunked_scores(logits_of, rows, batch.labels, options, trains, _vocabulary(head))[None]
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before
+
+
+def _vocabulary(head: Any) -> int:
+    return int(getattr(head, "out_features", None) or head.weight.shape[0])
+
+
+def chunked_scores(
+    logits_of: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    labels: Tensor,
+    options: ForwardOptions,
+    head_trains: bool,
+    vocabulary: int,
+) -> Tensor:
+    """Score tokens with the logits of one chunk at a time; gradients are exact.
+
+    A frozen head's log π(y|h) depends on its row h alone, so ∂ log π/∂h = ∂logits/∂h · (onehot(y) − π) is kept from the
+    forward, (tokens, hidden), and backward is one product per row; no logits are computed twice and none are kept. A
+    head that trains needs the gradient of the loss first, so its chunks are computed again in backward.
+
+    Args:
+        logits_of: The head: (n, hidden) → (n, vocabulary).
+        hidden: (tokens, hidden).
+        labels: (tokens,).
+        options: How completions are scored.
+        head_trains: Whether the head has parameters that train.
+        vocabulary: Its size, for the default chunk.
+
+    Returns:
+        (tokens, columns), fp32 or fp64.
+    """
+    size = options.chunk or max(1, CHUNK_BYTES // (4 * vocabulary))
+    if not head_trains:
+        return _FrozenHead.apply(hidden, labels, logits_of, options, size)  # type: ignore[no-any-return,no-untyped-call]
+
+    def scores(rows: Tensor, wanted: Tensor) -> Tensor:
+        return token_scores(logits_of(rows), wanted, options)
+
+    chunks = zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
+    return torch.cat([checkpoint(scores, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        logits_of: Callable[[Tensor], Tensor],
+        options: ForwardOptions,
+        size: int,
+    ) -> Tensor:
+        wants_gradient = ctx.needs_input_grad[0]
+        scores: list[Tensor] = []
+        slopes: list[Tensor] = []
+        for rows, wanted in zip(torch.split(hidden, size), torch.split(labels, size), strict=True):
+            rows = rows.detach().requires_grad_(wants_gradient)
+            with torch.set_grad_enabled(wants_gradient):
+                logits = logits_of(rows)
+            columns, slope = _scores_and_slope(logits.detach(), wanted, options, wants_gradient)
+            scores.append(columns)
+            if slope is not None:
+                slopes += torch.autograd.grad(logits, rows, slope)
+        if slopes:
+            ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(scores)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return (gradient[:, LOGP, None] * slopes).to(slopes.dtype), None, None, None, None
+
+
+def _scores_and_slope(
+    logits: Tensor, labels: Tensor, options: ForwardOptions, slope: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`token_scores`, and onehot(label) − π; takes one buffer of the logits' size, or two; overwrites fp32."""
+    dtype = logits.dtype
+    values = at_least_fp32(logits)
+    mean = values.mean(dim=-1)
+    picked = values.gather(1, labels[:, None])[:, 0]
+    highest = values.amax(dim=-1, keepdim=True)
+    values.sub_(highest)
+    powers = values.exp() if options.entropy else values.exp_()
+    total = powers.sum(dim=-1, keepdim=True)
+    nothing = torch.zeros_like(mean)
+    entropy = collision = nothing
+    if options.entropy:  # log Z − Σ π(v) (logit − max), which needs no logarithm of each probability
+        entropy = total[:, 0].log() - torch.linalg.vecdot(powers, values) / total[:, 0]
+    values = powers.div_(total)
+    if options.wpo:
+        collision = 2 * torch.linalg.vector_norm(values, dim=-1).log()
+    scores = torch.stack([picked - (highest + total.log())[:, 0], mean, collision, entropy], dim=1)
+    if not slope:
+        return scores, None
+    values.neg_().scatter_add_(1, labels[:, None], torch.ones_like(values[:, :1]))
+    return scores, values.to(dtype)
+
+
+def token_scores(logits: Tensor, labels: Tensor, options: ForwardOptions) -> Tensor:
+    """(tokens, columns) of what logits say of labels; only the first column has a gradient.
+
+    Args:
+        logits: (tokens, vocabulary), any float dtype; taken to fp32 first. TRL 1.9 takes the log-softmax and its sum in
+            the model's dtype, which in bf16 moves rewards in steps of 0.05 (trl/trainer/dpo_trainer.py:1347).
+        labels: (tokens,).
+        options: Which columns are wanted; others are 0.
+    """
+    values = at_least_fp32(logits)
+    normaliser = values.logsumexp(dim=-1)
+    logps = values.gather(1, labels[:, None])[:, 0] - normaliser
     with torch.no_grad():
-        mean_logits = per_row(scores.mean(dim=-1)) / at_least_one
-        if wpo:
-            log_collision = (2 * scores).logsumexp(dim=-1) - 2 * normaliser
-            weights = (per_row(token_logps - log_collision) / at_least_one).exp()
-    return CompletionLogps(per_row(token_logps), tokens, mean_logits, weights)
+        nothing = torch.zeros_like(logps)
+        collision = (2 * values).logsumexp(dim=-1) - 2 * normaliser if options.wpo else nothing
+        entropy = torch.special.entr((values - normaliser[:, None]).exp()).sum(dim=-1) if options.entropy else nothing
+        rest = values.mean(dim=-1), collision, entropy
+    return torch.stack([logps, *rest], dim=1)
 
 
-def run_model(model: Callable[..., Any], batch: PairBatch, wpo: bool = False) -> CompletionLogps:
-    """Forward a batch through the root module and take the completions' log-probs."""
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    return completion_logps(output.logits, batch, wpo)
+def at_least_fp32(values: Tensor) -> Tensor:
+    """The values in fp32, or as they are if they are finer."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+# ── from tokens to completions and pairs ──
+
+
+def sum_completions(scores: Tensor, batch: PairBatch, options: ForwardOptions) -> CompletionLogps:
+    """Sums and means over each side's tokens.
+
+    Args:
+        scores: (tokens, columns) of `token_scores`.
+        batch: The batch that was run.
+        options: How completions are scored.
+    """
+
+    def per_side(values: Tensor) -> Tensor:
+        return values.new_zeros(2 * batch.pairs, *values.shape[1:]).index_add(0, batch.sides, values)
+
+    logps = scores[:, LOGP]
+    tokens = per_side(torch.ones_like(logps))
+    at_least_one = tokens.clamp(min=1)
+    weights = None
+    if options.wpo:
+        aligned = (logps - scores[:, LOG_COLLISION]).detach()
+        weights = (per_side(aligned) / at_least_one).exp()
+    if options.ld_alpha is not None:
+        logps = torch.where(batch.tail, options.ld_alpha * logps, logps)
+    means = per_side(scores.detach()) / at_least_one[:, None]
+    entropy = means[:, ENTROPY] if options.entropy else None
+    return CompletionLogps(per_side(logps), tokens, means[:, MEAN_LOGIT], weights, entropy)
+
+
+def completion_logps(logits: Tensor, batch: PairBatch, options: ForwardOptions | None = None) -> CompletionLogps:
+    """The same from the logits of all positions, (rows, length, vocabulary): the plain path."""
+    options = options or ForwardOptions()
+    rows = logits.flatten(0, 1)[batch.predicts]
+    return sum_completions(token_scores(rows, batch.labels, options), batch, options)
 
 
 def pair_logps(policy: CompletionLogps, ref_logps: Tensor, beta: float, sources: Sequence[str] = ()) -> PairLogps:
@@ -63,6 +298,7 @@ def pair_logps(policy: CompletionLogps, ref_logps: Tensor, beta: float, sources:
     chosen, rejected = policy.sums.chunk(2)
     chosen_tokens, rejected_tokens = policy.tokens.chunk(2)
     chosen_logits, rejected_logits = policy.mean_logits.chunk(2)
+    chosen_entropy, rejected_entropy = (None, None) if policy.entropy is None else policy.entropy.chunk(2)
     return PairLogps(
         policy_chosen_logps=chosen,
         policy_rejected_logps=rejected,
@@ -74,6 +310,8 @@ def pair_logps(policy: CompletionLogps, ref_logps: Tensor, beta: float, sources:
         rejected_logits=rejected_logits,
         beta=beta,
         sources=sources,
+        chosen_entropy=chosen_entropy,
+        rejected_entropy=rejected_entropy,
     )
 
 

@@ -1,8 +1,11 @@
 """Preference losses as pure functions on `PairLogps`, under TRL 1.9's names.
 
 β multiplies the log-ratio difference (Rafailov et al. 2023, arXiv 2305.18290, eq. 7). Below,
-r_w and r_l are the log-ratios of chosen and rejected in nats, Δ = r_w − r_l, σ the logistic function,
-n_w and n_l the completion lengths in tokens, ε the label smoothing.
+r_w and r_l are the log-ratios of chosen and rejected in nats, Δ = s_w − s_l the difference of their scores,
+σ the logistic function, n_w and n_l the completion lengths in tokens, ε the label smoothing.
+
+A score is f′(π/π_ref) up to a constant (f-DPO, Wang et al. 2023, arXiv 2309.16240): the log-ratio itself for the
+reverse KL, which is plain DPO. Losses written below with r take the log-ratio whatever the divergence, as TRL 1.9 does.
 """
 
 from __future__ import annotations
@@ -26,23 +29,52 @@ class LossOptions:
         label_smoothing: ε, the assumed share of flipped preferences; sigmoid, robust, exo_pair, aot and aot_unpaired
             use it.
         discopop_tau: Temperature of DiscoPOP's blend.
+        f_divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence.
+        f_alpha: α of the α-divergence; 1 is the reverse KL, 0 the forward KL.
     """
 
     beta: float
     label_smoothing: float = 0.0
     discopop_tau: float = 0.05
+    f_divergence: str = "reverse_kl"
+    f_alpha: float = 0.5
 
 
 PreferenceLoss = Callable[[PairLogps, LossOptions], Tensor]
 
 
-def _delta(logps: PairLogps) -> Tensor:
-    return logps.chosen_logratios - logps.rejected_logratios
+EXPONENT_LIMIT = 80.0
+"""Largest exponent of the α-divergence, so that its exponential stays finite in fp32; TRL 1.9 has the same."""
 
 
-def _per_token_delta(logps: PairLogps) -> Tensor:
-    chosen = logps.chosen_logratios / logps.chosen_tokens.clamp(min=1)
-    return chosen - logps.rejected_logratios / logps.rejected_tokens.clamp(min=1)
+def score(logratios: Tensor, options: LossOptions) -> Tensor:
+    """f′(π/π_ref) up to a constant, (pairs,), from log-ratios in nats.
+
+    reverse KL: r. forward KL: −exp(−r). Jensen-Shannon: log σ(r). α-divergence: exp((α−1) r)/(α−1), which is the
+    reverse KL at α = 1 (f-DPO, arXiv 2309.16240; α as in TRL 1.9).
+    """
+    if options.f_divergence == "forward_kl":
+        return -torch.exp(-logratios)
+    if options.f_divergence == "js_divergence":
+        return logsigmoid(logratios)
+    if options.f_divergence == "alpha_divergence" and abs(options.f_alpha - 1) >= 1e-6:
+        power = options.f_alpha - 1
+        return torch.exp((power * logratios).clamp(max=EXPONENT_LIMIT)) / power
+    return logratios
+
+
+def _scores(logps: PairLogps, options: LossOptions) -> tuple[Tensor, Tensor]:
+    return score(logps.chosen_logratios, options), score(logps.rejected_logratios, options)
+
+
+def _delta(logps: PairLogps, options: LossOptions) -> Tensor:
+    chosen, rejected = _scores(logps, options)
+    return chosen - rejected
+
+
+def _per_token_delta(logps: PairLogps, options: LossOptions) -> Tensor:
+    chosen, rejected = _scores(logps, options)
+    return chosen / logps.chosen_tokens.clamp(min=1) - rejected / logps.rejected_tokens.clamp(min=1)
 
 
 def sigmoid(logps: PairLogps, options: LossOptions) -> Tensor:
@@ -50,53 +82,55 @@ def sigmoid(logps: PairLogps, options: LossOptions) -> Tensor:
 
     ε > 0 is conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences"), which TRL 1.9 leaves out.
     """
-    return _smoothed(options.beta * _delta(logps), options.label_smoothing)
+    return _smoothed(options.beta * _delta(logps, options), options.label_smoothing)
 
 
 def sigmoid_norm(logps: PairLogps, options: LossOptions) -> Tensor:
-    """−log σ(β (r_w/n_w − r_l/n_l)): length-normalised DPO (Tülu 3, arXiv 2411.15124). (pairs,)."""
-    return -logsigmoid(options.beta * _per_token_delta(logps))
+    """−log σ(β (s_w/n_w − s_l/n_l)): length-normalised DPO (Tülu 3, arXiv 2411.15124). (pairs,)."""
+    return -logsigmoid(options.beta * _per_token_delta(logps, options))
 
 
 def hinge(logps: PairLogps, options: LossOptions) -> Tensor:
     """max(0, 1 − β Δ): SLiC-style hinge (Zhao et al. 2023, arXiv 2305.10425; RSO, arXiv 2309.06657). (pairs,)."""
-    return torch.relu(1 - options.beta * _delta(logps))
+    return torch.relu(1 - options.beta * _delta(logps, options))
 
 
 def ipo(logps: PairLogps, options: LossOptions) -> Tensor:
-    """(r_w/n_w − r_l/n_l − 1/(2β))²: IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17), per token. (pairs,)."""
-    return (_per_token_delta(logps) - 1 / (2 * options.beta)) ** 2
+    """(s_w/n_w − s_l/n_l − 1/(2β))²: IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17), per token. (pairs,)."""
+    return (_per_token_delta(logps, options) - 1 / (2 * options.beta)) ** 2
 
 
 def robust(logps: PairLogps, options: LossOptions) -> Tensor:
     """[−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1 − 2ε): robust DPO (Chowdhury et al. 2024, arXiv 2403.00409). (pairs,)."""
-    epsilon, margin = options.label_smoothing, options.beta * _delta(logps)
+    epsilon, margin = options.label_smoothing, options.beta * _delta(logps, options)
     return (-(1 - epsilon) * logsigmoid(margin) + epsilon * logsigmoid(-margin)) / (1 - 2 * epsilon)
 
 
 def exo_pair(logps: PairLogps, options: LossOptions) -> Tensor:
-    """KL(softmax(β r) ‖ (1−ε, ε)): EXO (Ji et al. 2024, arXiv 2402.00856, eq. 16); ε > 0. (pairs,)."""
-    margin = options.beta * _delta(logps)
+    """KL(softmax(β s) ‖ (1−ε, ε)): EXO (Ji et al. 2024, arXiv 2402.00856, eq. 16); ε > 0. (pairs,)."""
+    margin = options.beta * _delta(logps, options)
     epsilon = torch.tensor(options.label_smoothing, device=margin.device, dtype=margin.dtype)
     chosen = torch.sigmoid(margin) * (logsigmoid(margin) - torch.log1p(-epsilon))
     return chosen + torch.sigmoid(-margin) * (logsigmoid(-margin) - torch.log(epsilon))
 
 
 def nca_pair(logps: PairLogps, options: LossOptions) -> Tensor:
-    """−log σ(β r_w) − ½ log σ(−β r_w) − ½ log σ(−β r_l): NCA (Chen et al. 2024, arXiv 2402.05369). (pairs,)."""
-    chosen, rejected = options.beta * logps.chosen_logratios, options.beta * logps.rejected_logratios
+    """−log σ(β s_w) − ½ log σ(−β s_w) − ½ log σ(−β s_l): NCA (Chen et al. 2024, arXiv 2402.05369). (pairs,)."""
+    chosen, rejected = (options.beta * value for value in _scores(logps, options))
     return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
 
 
 def bco_pair(logps: PairLogps, options: LossOptions) -> Tensor:
-    """−log σ(β r_w) − log σ(−β r_l): BCO without shift (Jung et al. 2024, arXiv 2404.04656). (pairs,)."""
-    return -logsigmoid(options.beta * logps.chosen_logratios) - logsigmoid(-options.beta * logps.rejected_logratios)
+    """−log σ(β s_w) − log σ(−β s_l): BCO without shift (Jung et al. 2024, arXiv 2404.04656). (pairs,)."""
+    chosen, rejected = _scores(logps, options)
+    return -logsigmoid(options.beta * chosen) - logsigmoid(-options.beta * rejected)
 
 
 def sppo_hard(logps: PairLogps, options: LossOptions) -> Tensor:
-    """(r_w − 1/(2β))² + (r_l + 1/(2β))²: SPPO, hard labels (Wu et al. 2024, arXiv 2405.00675, eq. 4.7). (pairs,)."""
+    """(s_w − 1/(2β))² + (s_l + 1/(2β))²: SPPO, hard labels (Wu et al. 2024, arXiv 2405.00675, eq. 4.7). (pairs,)."""
     half = 0.5 / options.beta
-    return (logps.chosen_logratios - half) ** 2 + (logps.rejected_logratios + half) ** 2
+    chosen, rejected = _scores(logps, options)
+    return (chosen - half) ** 2 + (rejected + half) ** 2
 
 
 def aot(logps: PairLogps, options: LossOptions) -> Tensor:
@@ -125,12 +159,14 @@ def apo_zero(logps: PairLogps, options: LossOptions) -> Tensor:
 
 def apo_down(logps: PairLogps, options: LossOptions) -> Tensor:
     """σ(β r_w) + 1 − σ(β Δ): APO-down (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8). (pairs,)."""
-    return torch.sigmoid(options.beta * logps.chosen_logratios) + 1 - torch.sigmoid(options.beta * _delta(logps))
+    return (
+        torch.sigmoid(options.beta * logps.chosen_logratios) + 1 - torch.sigmoid(options.beta * _delta(logps, options))
+    )
 
 
 def discopop(logps: PairLogps, options: LossOptions) -> Tensor:
     """(1−m) (−log σ(βΔ)) + m exp(−βΔ), m = σ(βΔ/τ): DiscoPOP (Lu et al. 2024, arXiv 2406.08414, eq. 5). (pairs,)."""
-    margin = options.beta * _delta(logps)
+    margin = options.beta * _delta(logps, options)
     blend = torch.sigmoid(margin / options.discopop_tau)
     return -logsigmoid(margin) * (1 - blend) + torch.exp(-margin) * blend
 
@@ -148,3 +184,9 @@ LOSSES: Mapping[str, PreferenceLoss] = {
         aot, aot_unpaired, apo_zero, apo_down, discopop, sft,
     )
 }  # fmt: skip
+
+SMOOTHED = ("aot", "aot_unpaired", "exo_pair", "robust", "sigmoid")
+"""Losses that use the label smoothing."""
+
+COUPLED = ("aot", "aot_unpaired", "sft")
+"""Losses that see the pairs of a micro-batch together, so that it cannot be split."""

@@ -1,4 +1,4 @@
-"""What the reference needs from the training loop."""
+"""What the reference and the ranks need from the training loop."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from dpo_plugin.host.agreement import check_ranks_agree, facts_of
 from dpo_plugin.host.log import LOG
 
 
@@ -22,7 +23,8 @@ class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
         self._told = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """With ``precompute_ref_log_probs``, run the reference over all rows that are not kept yet."""
+        """See that ranks agree; with ``precompute_ref_log_probs``, run the reference over all rows not kept yet."""
+        check_ranks_agree(facts_of(self.trainer))
         if not args.precompute_ref_log_probs or self.trainer.reference.store is None:
             return
         evaluation = self.trainer.eval_dataset

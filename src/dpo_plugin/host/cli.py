@@ -92,3 +92,62 @@ def preview(config: str, rows: int, split: str, as_json: bool) -> Any:
     side = settings.config.data.truncation_side
     pairs = [line for row in shown for line in pair_text(row, tokenizer, side)]
     return [*pairs, "── data audit", *audit_lines(audits)]
+
+
+@dpo.command()
+@click.argument("runs", nargs=-1, required=True, metavar="OUTPUT_DIR...")
+@click.option("--out", type=click.Path(dir_okay=False), help="HTML file. Default: report.html in the first folder.")
+@click.option(
+    "--png", type=click.Path(file_okay=False), help="Also write each chart of the first run into this folder."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print verdict, findings and files as JSON.")
+@explained
+def report(runs: tuple[str, ...], out: str | None, png: str | None, as_json: bool) -> Any:
+    """Write one page about a run, or about several side by side; loads no model."""
+    from pathlib import Path
+
+    from dpo_plugin.monitor.report import verdict, write_pngs, write_report
+    from dpo_plugin.monitor.runs import read_run
+
+    records = [read_run(run) for run in runs]
+    page = write_report(records, out or Path(runs[0]) / "report.html")
+    charts = write_pngs(records[0], png) if png else []
+    if as_json:
+        found = [
+            {"run": run.name, "verdict": verdict(run)[0], "findings": [one.to_dict() for one in run.findings]}
+            for run in records
+        ]
+        return {"report": str(page), "charts": [str(chart) for chart in charts], "runs": found}
+    said = [f"{run.name}: {verdict(run)[1]}" for run in records]
+    return [*said, *(note for run in records for note in run.notes), f"report: {page}"]
+
+
+@dpo.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--prompts", metavar="FILE", help="Prompts: JSON lines or text. Default: of `samples`, or held-out pairs."
+)
+@click.option("--checkpoint", metavar="DIR", help="The policy. Default: output_dir.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@explained
+def compare(config: str, prompts: str | None, checkpoint: str | None, as_json: bool) -> Any:
+    """Show answers of policy and reference side by side, and accuracy and margin on held-out pairs, by source."""
+    from dpo_plugin.host.compare import compare as run
+
+    found = run(config, prompts, checkpoint)
+    return found.to_dict() if as_json else found.parts()
+
+
+@dpo.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@click.option("--gpus", type=int, required=True, help="GPUs of the node, one process each.")
+@click.option("--gpu-memory", type=float, required=True, help="Memory of each in GiB.")
+@click.option("--host-memory", type=float, help="Memory of the node in GiB.  [default: this machine's]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@explained
+def plan(config: str, gpus: int, gpu_memory: float, host_memory: float | None, as_json: bool) -> Any:
+    """Say what CONFIG needs per GPU with each engine, and what to write; reads no weights and needs no GPU."""
+    from dpo_plugin.host.plan import make_plan, plan_report
+
+    made = make_plan(config, gpus, gpu_memory, host_memory)
+    return made if as_json else plan_report(made)

@@ -13,9 +13,10 @@ from transformers import EarlyStoppingCallback
 from dpo_plugin.errors import AdapterError, ConfigError
 from dpo_plugin.host import datasets as host_datasets
 from dpo_plugin.host.command import intended_rl, running_command, use_trained_adapter
+from dpo_plugin.host.distributed import accept_fsdp2_with_nf4, reference_digest, refuse_moving_reference
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.settings import RunSettings, read_settings
-from dpo_plugin.model.adapters import REFERENCE, AdapterFolder, PolicyReferenceModel, adapter_digest
+from dpo_plugin.model.adapters import AdapterFolder, PolicyReferenceModel
 
 TRAINER = "dpo_plugin.host.trainer.PreferenceTrainer"
 
@@ -62,8 +63,10 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
                 f"`trainer_cls: {cfg['trainer_cls']}` would replace dpo_plugin's trainer. Remove one of the two lines."
             )
         self.settings = read_settings(cfg)
+        refuse_moving_reference(cfg, self.settings.strategy)
         if command == "evaluate":
             self.settings = settings_for_evaluation(cfg, self.settings)
+        accept_fsdp2_with_nf4(cfg)
         cfg["trainer_cls"] = TRAINER
 
     def get_input_args(self) -> str:
@@ -89,6 +92,11 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         if self.settings is None:
             return None
         return host_datasets.load_datasets(cfg, self.settings)
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Give the adapters back the values that they were attached with."""
+        if self.settings is not None:
+            trainer.put_back_adapters()
 
     def post_train(self, cfg: Any, model: Any) -> None:
         """Check that the reference is still what was attached; the host calls this twice."""
@@ -118,16 +126,14 @@ def settings_for_evaluation(cfg: Any, settings: RunSettings) -> RunSettings:
 
 
 def check_reference_unchanged(model: PolicyReferenceModel) -> None:
-    """Raise if the reference adapter's bytes are not those that were attached.
+    """Raise if the reference adapter's bytes are not those that training began with; all ranks must call.
 
     Raises:
         AdapterError: Naming both digests.
     """
-    if any(not parameter.numel() or hasattr(parameter, "device_mesh") for parameter in model.parameters()):
-        return  # partitioned by ZeRO-3 or sharded by FSDP2: this rank does not hold whole tensors
-    now = adapter_digest(model, REFERENCE)
-    if now != model.digests[REFERENCE]:
+    now = reference_digest(model)
+    if now != model.reference_digest:
         raise AdapterError(
-            f"the reference adapter has changed during training: sha256 {model.digests[REFERENCE]} before, {now} now. "
+            f"the reference adapter has changed during training: sha256 {model.reference_digest} before, {now} now. "
             "Another plugin or callback writes to it; remove that."
         )

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_plugin.config import DPOPluginConfig, parse_config
+from dpo_plugin.compute.losses import COUPLED, LOSSES, SMOOTHED
+from dpo_plugin.config import Action, DPOPluginConfig, parse_config
 from dpo_plugin.errors import ConfigError, DataError
+from dpo_plugin.host.parallel import check_parallel
+from dpo_plugin.host.prompts import check_samples
 from dpo_plugin.model.adapters import AdapterFolder
 from dpo_plugin.model.references import ReferenceStrategy
+from dpo_plugin.monitor.health import HealthCheck
 from dpo_plugin.monitor.metrics import USUAL, PreferenceMetric
 from dpo_plugin.registry import Registry, get_registry
 
@@ -29,7 +33,9 @@ class RunSettings:
         strategy_name: Name of the reference strategy.
         strategy: The reference strategy.
         metrics: Metrics to log.
+        health_checks: Health checks to run, and what happens when one finds something.
         kept_in: Folder for the reference's log-probs, or None.
+        two_rows: Why the config alone keeps prefixes from being shared, or None.
         resume_named: Whether the YAML names the checkpoint to resume from.
         datasets: The ``datasets`` entries as written; the host's schema drops keys that it does not know.
         test_datasets: The same of ``test_datasets``.
@@ -41,7 +47,9 @@ class RunSettings:
     strategy_name: str
     strategy: type[ReferenceStrategy]
     metrics: Mapping[str, PreferenceMetric]
+    health_checks: Mapping[str, tuple[HealthCheck, Action]]
     kept_in: Path | None
+    two_rows: str | None
     resume_named: bool
     datasets: list[dict[str, Any]]
     test_datasets: list[dict[str, Any]]
@@ -57,7 +65,10 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
     """
     registry = get_registry()
     config = parse_config(cfg.get("dpo_plugin"))
-    _check_host_keys(cfg, registry)
+    _check_host_keys(cfg)
+    check_parallel(cfg)
+    check_samples(cfg, config)
+    _check_losses(cfg, config, registry)
     policy = _policy_folder(cfg)
     strategy_name, strategy, reference = _reference(cfg, config, policy, registry)
     return RunSettings(
@@ -67,14 +78,16 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
         strategy_name=strategy_name,
         strategy=strategy,
         metrics=_metrics(config, registry),
+        health_checks=_health_checks(config, registry),
         kept_in=_kept_in(cfg, config, strategy, strategy_name),
+        two_rows=_two_rows(cfg, config),
         resume_named=bool(cfg.get("resume_from_checkpoint")),
         datasets=_entries(cfg, "datasets", registry),
         test_datasets=_entries(cfg, "test_datasets", registry),
     )
 
 
-def _check_host_keys(cfg: Mapping[str, Any], registry: Registry) -> None:
+def _check_host_keys(cfg: Mapping[str, Any]) -> None:
     adapter = cfg.get("adapter")
     if adapter not in (None, "lora", "qlora"):
         raise ConfigError(f"`adapter: {adapter}` cannot be held twice on one base. Write: adapter: lora")
@@ -83,12 +96,49 @@ def _check_host_keys(cfg: Mapping[str, Any], registry: Registry) -> None:
             "`dpo_use_liger_kernel: true` computes its own reference and would bypass the reference adapter. "
             "Write: dpo_use_liger_kernel: false"
         )
-    names = cfg.get("dpo_loss_type") or []
-    for name in [names] if isinstance(names, str) else names:
-        registry.losses.find(name, "dpo_loss_type")
     beta = cfg.get("rl_beta")
     if beta is not None and not float(beta) > 0:
         raise ConfigError(f"`rl_beta: {beta}` must be above 0. Write: rl_beta: 0.1")
+
+
+def _check_losses(cfg: Mapping[str, Any], config: DPOPluginConfig, registry: Registry) -> None:
+    asked = cfg.get("dpo_loss_type") or ["ipo" if cfg.get("rl") == "ipo" else "sigmoid"]
+    names = [asked] if isinstance(asked, str) else list(asked)
+    for name in names:
+        registry.losses.find(name, "dpo_loss_type")
+    weights = cfg.get("dpo_loss_weights")
+    if weights is not None and len(weights) != len(names):
+        raise ConfigError(
+            f"`dpo_loss_weights` has {len(weights)} numbers for {len(names)} losses ({', '.join(names)}). "
+            f"Write: dpo_loss_weights: {[1.0] * len(names)}"
+        )
+    _check_smoothing(cfg.get("dpo_label_smoothing"), names)
+    coupled = [name for name in names if name in COUPLED]
+    if config.compute.max_tokens is not None and coupled:
+        raise ConfigError(
+            f"`dpo_plugin.compute.max_tokens` splits a micro-batch, but the loss {coupled[0]!r} sees its pairs "
+            "together. Remove max_tokens"
+        )
+
+
+def _check_smoothing(given: Any, names: list[str]) -> None:
+    smoothing = float(given or 0)
+    ours = [name for name in names if name in LOSSES]
+    if ours == names and smoothing and not any(name in SMOOTHED for name in names):
+        raise ConfigError(
+            f"`dpo_label_smoothing: {given}` is not used by {', '.join(names)}, only by {', '.join(SMOOTHED)}. "
+            "Write: dpo_label_smoothing: 0"
+        )
+    if "exo_pair" in names and not 0 < smoothing < 0.5:
+        raise ConfigError(
+            f"`dpo_label_smoothing: {given}` must be above 0 and below 0.5 for the loss exo_pair, which takes its "
+            "logarithm (arXiv 2402.00856). Write: dpo_label_smoothing: 0.001"
+        )
+    if not 0 <= smoothing < 0.5:
+        raise ConfigError(
+            f"`dpo_label_smoothing: {given}` is the share of flipped preferences, at least 0 and below 0.5. "
+            "Write: dpo_label_smoothing: 0.1"
+        )
 
 
 def _policy_folder(cfg: Mapping[str, Any]) -> AdapterFolder | None:
@@ -152,10 +202,43 @@ def _kept_in(
     return Path(cache) if isinstance(cache, str) else Path(cfg.get("dataset_prepared_path") or "last_run_prepared")
 
 
+_ATTENTION_FLAGS = (
+    "eager_attention", "flash_attention", "flex_attention", "s2_attention", "sage_attention", "sdp_attention",
+    "xformers_attention",
+)  # fmt: skip
+"""axolotl's keys from before attn_implementation, which its schema still takes."""
+
+
+def _two_rows(cfg: Mapping[str, Any], config: DPOPluginConfig) -> str | None:
+    """Why chosen and rejected are computed as two rows each, or None if they share their prefix."""
+    wanted = config.compute.prefix_sharing
+    named = [f"attn_implementation: {cfg['attn_implementation']}"] if cfg.get("attn_implementation") else []
+    named += [f"{flag}: true" for flag in _ATTENTION_FLAGS if cfg.get(flag)]
+    hindered = None
+    if wanted is False:
+        return "`dpo_plugin.compute.prefix_sharing: false` asks for it"
+    if int(cfg.get("context_parallel_size") or 1) > 1:
+        hindered = f"`context_parallel_size: {cfg['context_parallel_size']}` splits rows between GPUs"
+    elif cfg.get("torch_compile"):
+        hindered = "`torch_compile` would compile anew for each pair's lengths"
+    elif named and wanted == "auto":
+        hindered = f"`{named[0]}` asks for an attention by name; remove the line to share prefixes"
+    if hindered and wanted is True:
+        raise ConfigError(f"{hindered}, but `dpo_plugin.compute.prefix_sharing: true` needs one flat row. Write: auto")
+    return hindered
+
+
 def _metrics(config: DPOPluginConfig, registry: Registry) -> Mapping[str, PreferenceMetric]:
     extra = registry.metrics if config.metrics is None else config.metrics
     chosen = {name: registry.metrics.find(name, "dpo_plugin.metrics") for name in extra}
     return {**USUAL, **chosen}
+
+
+def _health_checks(config: DPOPluginConfig, registry: Registry) -> Mapping[str, tuple[HealthCheck, Action]]:
+    for name in config.health.checks:
+        registry.health_checks.find(name, "dpo_plugin.health.checks")
+    actions = {name: config.health.checks.get(name, config.health.action) for name in registry.health_checks}
+    return {name: (registry.health_checks[name], action) for name, action in actions.items() if action != "off"}
 
 
 def _entries(cfg: Mapping[str, Any], key: str, registry: Registry) -> list[dict[str, Any]]:

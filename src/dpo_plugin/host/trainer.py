@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import PluginManager
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import set_seed
 
-from dpo_plugin.compute.batching import PairCollator, to_pair_batch
-from dpo_plugin.compute.logps import pair_logps, run_model, total_loss
+from dpo_plugin.compute.batching import find_row, to_pair_batch
+from dpo_plugin.compute.logps import ForwardOptions, pair_logps, run_model, total_loss
 from dpo_plugin.compute.losses import LossOptions
-from dpo_plugin.errors import ConfigError, ReferenceMismatchError
+from dpo_plugin.errors import ConfigError, NotFiniteError, ReferenceMismatchError
 from dpo_plugin.host.callbacks import ReferenceCallback
 from dpo_plugin.host.card import model_card
 from dpo_plugin.host.checkpoints import check_reference, checkpoint_to_resume, write_marker
+from dpo_plugin.host.distributed import OnAnyEngine
+from dpo_plugin.host.engine import (
+    CheckpointLayers,
+    check_lengths,
+    make_collator,
+    named_datasets,
+    prepare_models,
+    shares_prefixes,
+)
+from dpo_plugin.host.health import HealthCallback
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.plugin import DPOPlugin
+from dpo_plugin.host.samples import SamplesCallback
 from dpo_plugin.host.store import open_store
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel, attach
 from dpo_plugin.model.references import KeptReference
 from dpo_plugin.monitor.metrics import MeanMetrics
+from dpo_plugin.monitor.pace import Pace
 from dpo_plugin.registry import get_registry
 from dpo_plugin.types import CompletionLogps, PairBatch, PairLogps
 
@@ -38,7 +54,7 @@ class _HeldByPolicy:
     """Stands in for a reference model when the reference lives in the policy's own adapters."""
 
 
-class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
+class PreferenceTrainer(OnAnyEngine, AxolotlDPOTrainer):  # type: ignore[misc]
     """DPO with policy and reference on one base model.
 
     Args:
@@ -53,19 +69,34 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
         base = model
         adapter = self._settings.policy or peft_config  # axolotl evaluate passes no peft_config
         if adapter is not None:
+            set_seed(kwargs["args"].seed)  # a fresh LoRA is the same on all ranks, however much each has drawn before
             model = attach(base, adapter, self._settings.reference)
             model.name_base(str(model.config.name_or_path), PluginManager.get_instance().cfg.revision_of_model)
-        kwargs["data_collator"] = _collator(kwargs)
+        flat = shares_prefixes(self._settings, base)
+        prepare_models(flat, base, ref_model)
+        kwargs["data_collator"] = make_collator(self._settings, kwargs, flat)
         super().__init__(*self._for_trl(model, ref_model), **kwargs)
         if isinstance(model, PolicyReferenceModel):
             model.train_only_policy()
             save_policy_instead_of_base(base, model)
+        self._be_ready_for_engine()
         self._set_up_losses()
         strategy = self._settings.strategy(model, self.ref_model, self._settings.config.reference)
         store = open_store(self._settings, strategy, base)
         self.reference = KeptReference(strategy, store, self._on_any_rank)
+        check_lengths(self.data_collator, named_datasets(self))
         self.add_callback(ReferenceCallback(self))
-        self._means = {mode: MeanMetrics(self._settings.metrics) for mode in ("train", "eval")}
+        if (samples := self._settings.config.samples) is not None:
+            self.add_callback(SamplesCallback(self, samples))
+        wanted = self._settings.config.compute.checkpoint_layers
+        if wanted is not None and self.args.gradient_checkpointing:
+            self.add_callback(CheckpointLayers(self, wanted))
+        self.add_callback(HealthCallback(self, self._settings.health_checks, self._settings.config.report))
+        self._means = {
+            mode: MeanMetrics(self._settings.metrics, get_registry().metrics.owner, strategy.equals_policy_at_start())
+            for mode in ("train", "eval")
+        }
+        self._pace = Pace()
         self._eval_prefix = "eval"
         self._check_step_zero = strategy.equals_policy_at_start()
         if self.accelerator.is_main_process:
@@ -100,7 +131,21 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
             name: (losses.find(name, "dpo_loss_type"), weight)
             for name, weight in zip(self.loss_types, weights, strict=True)
         }
-        self._loss_options = LossOptions(self.beta, self.label_smoothing or 0.0, self.args.discopop_tau)
+        config = self._settings.config
+        self._loss_options = LossOptions(
+            beta=self.beta,
+            label_smoothing=self.label_smoothing or 0.0,
+            discopop_tau=config.loss.discopop_tau,
+            f_divergence=config.loss.f_divergence,
+            f_alpha=config.loss.f_alpha,
+        )
+        self._forward_options = ForwardOptions(
+            wpo=bool(self.use_weighting),
+            ld_alpha=config.loss.ld_alpha,
+            entropy=any(name.startswith("entropy/") for name in self._settings.metrics),
+            chunk=config.compute.logits_chunk,
+        )
+        self._reference_options = replace(self._forward_options, wpo=False, entropy=False)
 
     def _say_what_is_trained(self, model: nn.Module) -> None:
         settings = self._settings
@@ -133,12 +178,14 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
 
     # ── the step ──
 
-    def reference_logps(self, model: Any, inputs: Any) -> Tensor:
-        """(pairs, 2) fp32 nats of a collated batch: chosen, rejected."""
-        return self.reference.logps(model, to_pair_batch(inputs), self._forward)
+    def reference_logps(self, model: Any, inputs: Any) -> None:
+        """Let the store have the reference's log-probs of a collated micro-batch."""
+        for pack in inputs.get("packs", [inputs]):
+            self.reference.logps(model, to_pair_batch(pack), self.reference_forward)
 
-    def _forward(self, model: Any, batch: PairBatch) -> CompletionLogps:
-        return run_model(model, batch, wpo=bool(self.use_weighting))
+    def reference_forward(self, model: Any, batch: PairBatch) -> CompletionLogps:
+        """Run a model on a batch as the reference is run: without what only the policy's step needs."""
+        return run_model(model, batch, self._reference_options)
 
     def _on_any_rank(self, condition: bool) -> bool:
         if self.accelerator.num_processes == 1:
@@ -146,16 +193,48 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
         flag = torch.tensor([float(condition)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum").item())
 
+    def _most_on_any_rank(self, number: int) -> int:
+        if self.accelerator.num_processes == 1:
+            return number
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
+
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         if return_outputs:
             raise ConfigError("dpo_plugin does not return logits from evaluation. Remove compute_metrics.")
+        if "packs" in inputs:
+            return torch.stack([self._compute_loss(model, pack, False) for pack in weighted(inputs["packs"])]).sum()
         batch = to_pair_batch(inputs)
-        policy = self._forward(model, batch)
-        ref_logps = self.reference.logps(model, batch, self._forward)
+        policy = run_model(model, batch, self._forward_options)
+        ref_logps = self.reference.logps(model, batch, self.reference_forward)
         logps = pair_logps(policy, ref_logps, self.beta, batch.sources)
+        self._check_finite(logps, batch)
         self._verify_step_zero(logps)
-        self._means["train" if self.model.training else "eval"].update(logps)
-        return total_loss(logps, self._losses, self._loss_options, policy.wpo_weights).mean()
+        if inputs.get("weight") != 0:
+            self._means["train" if self.model.training else "eval"].update(logps)
+            if self.model.training:
+                self._pace.add(batch, self.reference.fresh)
+        loss = total_loss(logps, self._losses, self._loss_options, policy.wpo_weights).mean()
+        return loss * inputs.get("weight", 1.0)
+
+    def _check_finite(self, logps: PairLogps, batch: PairBatch) -> None:
+        sides = {
+            "policy's log-probability of chosen": logps.policy_chosen_logps,
+            "policy's log-probability of rejected": logps.policy_rejected_logps,
+            "reference's log-probability of chosen": logps.ref_chosen_logps,
+            "reference's log-probability of rejected": logps.ref_rejected_logps,
+        }
+        finite = torch.isfinite(torch.stack(list(sides.values())).detach())
+        if finite.all():
+            return
+        side, pair = (~finite).nonzero()[0].tolist()
+        value = list(sides.values())[side][pair].item()
+        found = ((name, find_row(data, batch.keys[pair])) for name, data in named_datasets(self))
+        where = next((f"{row} of the {name} data" for name, row in found if row), "a pair")
+        raise NotFiniteError(
+            f"the {list(sides)[side]} is {value} at step {self.state.global_step}, for {where}, source "
+            f"{batch.sources[pair]!r}. Look at that row with `axolotl dpo preview`; if it is as it should be, the "
+            "model overflows. Write: bf16: true, or a smaller learning_rate"
+        )
 
     def _verify_step_zero(self, logps: PairLogps) -> None:
         """Stop if the policy is not the reference before the first step, though both start from the same weights.
@@ -176,9 +255,36 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
                 "between the two forwards: another plugin, a patched kernel, or dropout. Remove it from the config."
             )
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-step, without the garbage collection of axolotl 0.19 (core/trainers/dpo/trainer.py:100)."""
-        return super(AxolotlDPOTrainer, self).training_step(*args, **kwargs)  # type: ignore[no-any-return]
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-step, without the garbage collection of axolotl 0.19 (core/trainers/dpo/trainer.py:100).
+
+        A micro-batch of several packs has a forward and backward for each; gradients are exchanged with the last.
+        """
+        step = super(AxolotlDPOTrainer, self).training_step
+        if "packs" not in inputs:
+            return step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
+        packs = weighted(inputs["packs"])
+        missing = self._most_on_any_rank(len(packs)) - len(packs)
+        smallest = min(packs, key=lambda pack: int(pack["input_ids"].numel()))
+        packs = [{**smallest, "weight": 0.0}] * missing + packs  # ranks forward and backward together
+        with self._without_exchange(model):
+            losses = [step(model, pack, num_items_in_batch) for pack in packs[:-1]]
+        return torch.stack([*losses, step(model, packs[-1], num_items_in_batch)]).sum()
+
+    @contextmanager
+    def _without_exchange(self, model: nn.Module) -> Iterator[None]:
+        """Let backward neither reduce gradients over ranks nor, under DeepSpeed, step the optimizer."""
+        if not self.is_deepspeed_enabled:
+            with self.accelerator.no_sync(model):
+                yield
+            return
+        state = self.accelerator.gradient_state
+        before = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            yield
+        finally:
+            state._set_sync_gradients(before)
 
     # ── metrics ──
 
@@ -192,9 +298,18 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
         """Add our metrics, averaged over all pairs of all ranks since the last line."""
         mode = "train" if self.model.training else "eval"
         prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
-        means = self._means[mode].result(lambda values: self.accelerator.reduce(values, reduction="sum"))
-        logs.update({f"{prefix}{name}": value for name, value in means.items()})
+        found = self._means[mode].result(self._sum, self.accelerator.gather, self._everyones)
+        if mode == "train" and found:
+            found |= self._pace.result(self._sum, self.accelerator.device)
+        logs.update({f"{prefix}{name}": value for name, value in found.items()})
         super().log(logs, start_time)
+
+    def _sum(self, values: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
+        return total
+
+    def _everyones(self, value: Any) -> list[Any]:
+        return list(gather_object([value]))
 
     # ── checkpoints ──
 
@@ -248,14 +363,10 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
         (output_dir / "README.md").write_text(text, encoding="utf-8")
 
 
-def _collator(kwargs: Mapping[str, Any]) -> PairCollator:
-    """Our collator, which keeps sources and row keys, in place of TRL's or of the host's.
-
-    The host's, for ``pad_to_multiple_of``, looks for ``*_input_ids``, which TRL 1.9 no longer makes
-    (axolotl 0.19, utils/collators/dpo.py); tests/integration/test_data_runs.py holds the key.
-    """
-    multiple = getattr(kwargs.get("data_collator"), "pad_to_multiple_of", None) or kwargs["args"].pad_to_multiple_of
-    return PairCollator(kwargs["processing_class"].pad_token_id, multiple)
+def weighted(packs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Packs with the share of the micro-batch's pairs that each has, so that the sum of means is the mean of all."""
+    pairs = sum(pack["pairs"] for pack in packs)
+    return [{**pack, "weight": pack["pairs"] / pairs} for pack in packs]
 
 
 def save_policy_instead_of_base(base: nn.Module, policy: PolicyReferenceModel) -> None:

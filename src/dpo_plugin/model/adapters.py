@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,10 +35,12 @@ class PolicyReferenceModel(PeftModelForCausalLM):  # type: ignore[misc]
 
     Attributes:
         digests: Adapter name → SHA-256 of its tensors as attached.
+        reference_digest: The same of the reference as the engine holds it, which may have cast it to another dtype.
         starts_as_base: Whether the policy is a fresh LoRA that adds nothing yet.
     """
 
     digests: dict[str, str]
+    reference_digest: str | None
     starts_as_base: bool
 
     @property
@@ -74,9 +76,13 @@ class PolicyReferenceModel(PeftModelForCausalLM):  # type: ignore[misc]
         """Context in which the model is the base."""
         return self._active([])
 
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of all adapters, modules_to_save included."""
+        return ((name, p) for name, p in self.named_parameters() if _in_adapter(name))
+
     def policy_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of the policy adapter, modules_to_save included."""
-        return ((name, p) for name, p in self.named_parameters() if f".{POLICY}." in f"{name}." and _in_adapter(name))
+        return ((name, p) for name, p in self.adapter_parameters() if f".{POLICY}." in f"{name}.")
 
     def train_only_policy(self, trainable: bool = True) -> None:
         """Let the policy adapter be trained and nothing else; or nothing at all."""
@@ -191,6 +197,7 @@ def attach(
     model.bind_switch()
     model.train_only_policy()
     model.digests = {name: adapter_digest(model, name) for name in model.peft_config}
+    model.reference_digest = model.digests.get(REFERENCE)
     return model
 
 
@@ -238,10 +245,16 @@ def adapter_tensors(model: PolicyReferenceModel, name: str) -> dict[str, Tensor]
     return tensors
 
 
-def adapter_digest(model: PolicyReferenceModel, name: str) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of an adapter's tensors."""
+def adapter_digest(model: PolicyReferenceModel, name: str, whole: Callable[[Tensor], Tensor] = Tensor.detach) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of an adapter's tensors.
+
+    Args:
+        model: The model.
+        name: The adapter.
+        whole: Makes a tensor whole of which this rank holds a part.
+    """
     digest = hashlib.sha256()
     for key, tensor in sorted(adapter_tensors(model, name).items()):
         digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(whole(tensor).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -49,6 +50,15 @@ class ReferenceStrategy(ABC):
             batch: The pairs.
             forward: ``forward(model, batch)`` runs a model.
         """
+
+    @contextmanager
+    def active(self, model: Any) -> Iterator[Any]:
+        """Context that gives a model which is the reference, so that it can answer; None where there is none.
+
+        Args:
+            model: The policy.
+        """
+        yield None
 
     def equals_policy_at_start(self) -> bool:
         """Whether the policy is this reference before the first step, so that step 0 can be checked."""
@@ -98,10 +108,16 @@ class AdapterReference(ReferenceStrategy):
         """Whether both adapters were attached with the same tensors."""
         return bool(self.policy.digests[POLICY] == self.policy.digests[REFERENCE])
 
+    @contextmanager
+    def active(self, model: Any) -> Iterator[Any]:
+        """The same model with the reference adapter in the policy's place."""
+        with self.policy.reference_active():
+            yield model
+
     def run(self, model: Any, batch: PairBatch, forward: Forward) -> CompletionLogps:
         """Run with the reference adapter in the policy's place."""
-        with self.policy.reference_active():
-            return forward(model, batch)
+        with self.active(model) as reference:
+            return forward(reference, batch)
 
 
 class BaseReference(ReferenceStrategy):
@@ -116,10 +132,16 @@ class BaseReference(ReferenceStrategy):
         """Whether the policy is a fresh LoRA, which adds nothing yet."""
         return bool(self.policy.starts_as_base)
 
+    @contextmanager
+    def active(self, model: Any) -> Iterator[Any]:
+        """The same model without any adapter."""
+        with self.policy.adapters_off():
+            yield model
+
     def run(self, model: Any, batch: PairBatch, forward: Forward) -> CompletionLogps:
         """Run without any adapter."""
-        with self.policy.adapters_off():
-            return forward(model, batch)
+        with self.active(model) as reference:
+            return forward(reference, batch)
 
 
 class ModelReference(ReferenceStrategy):
@@ -137,9 +159,15 @@ class ModelReference(ReferenceStrategy):
         """Both are loaded from the same files."""
         return True
 
+    @contextmanager
+    def active(self, model: Any) -> Iterator[Any]:
+        """The second model."""
+        yield self.ref_model
+
     def run(self, model: Any, batch: PairBatch, forward: Forward) -> CompletionLogps:
         """Run the second model."""
-        return forward(self.ref_model, batch)
+        with self.active(model) as reference:
+            return forward(reference, batch)
 
 
 class EmaReference(AdapterReference):

@@ -1,0 +1,455 @@
+"""A DPO step, ours against stock's, in one process and interleaved: pairs/s, peak memory, and equality.
+
+Contenders, all from the same base, SFT adapter, pairs and optimizer, with gradient checkpointing:
+
+    stock       axolotl's AxolotlDPOTrainer on a PeftModel, with TRL's own `ref` adapter
+    stock-nogc  the same without its garbage collection after each micro-step
+    liger       TRL's fused Liger loss on the same, where it runs
+    ours        dpo_plugin, the reference run in every step
+    ours-warm   dpo_plugin with the reference's log-probs kept
+
+A step is collate, forward, backward and optimizer. Each round runs one step of every contender on the same pairs.
+
+    python benchmarks/step.py [--json benchmarks/step.json] [--steps 30] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from torch import Tensor
+
+from tests.support import host, tiny
+
+RANK = 16
+BODY = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+}
+CHECKPOINTING = {"use_reentrant": False}
+Pair = dict[str, Any]
+
+
+# ── pairs ──
+
+
+def pair(draw: random.Random, prompt: int, chosen: int, rejected: int, vocabulary: int) -> Pair:
+    """Random ids; the two completions differ from their first token on."""
+
+    def ids(count: int) -> list[int]:
+        return [draw.randrange(300, vocabulary) for _ in range(count)]
+
+    sides = {"chosen_ids": [298, *ids(chosen - 1)], "rejected_ids": [299, *ids(rejected - 1)]}
+    return {"prompt_ids": ids(prompt), **sides}
+
+
+def of_share(draw: random.Random, tokens: int, share: float, vocabulary: int) -> Pair:
+    """The longer side has this many tokens, a share of them prompt; the other completion has 60 to 100 % of its."""
+    prompt = round(tokens * share)
+    longer = tokens - prompt
+    lengths = [longer, max(1, round(longer * draw.uniform(0.6, 1.0)))]
+    draw.shuffle(lengths)
+    return pair(draw, prompt, *lengths, vocabulary)
+
+
+def of_mix(draw: random.Random, tokens: int, vocabulary: int) -> Pair:
+    """Log-normal lengths: prompts of median 120 tokens, completions of median 90, σ = 0.8, cut to fit."""
+    prompt = min(tokens // 2, max(4, int(120 * draw.lognormvariate(0, 0.8))))
+    lengths = [min(tokens - prompt, max(2, int(90 * draw.lognormvariate(0, 0.8)))) for _ in range(2)]
+    return pair(draw, prompt, *lengths, vocabulary)
+
+
+# ── contenders ──
+
+
+class Contender:
+    """A trainer whose steps are driven from outside.
+
+    Args:
+        trainer: Ours or stock's.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        trainer.model.gradient_checkpointing_enable(CHECKPOINTING)
+        trainer.model.enable_input_require_grads()
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1  # the training loop sets it
+        self.optimizer = torch.optim.AdamW([p for p in trainer.model.parameters() if p.requires_grad], lr=1e-5)
+
+    def backward(self, pairs: list[Pair]) -> float:
+        """Collate, forward and backward of one micro-batch; the loss."""
+        trainer = self.trainer
+        inputs = trainer._prepare_inputs(trainer.data_collator(pairs))
+        return float(trainer.training_step(trainer.model, inputs))
+
+    def step(self, pairs: list[Pair]) -> float:
+        """Seconds of one whole step."""
+        started = time.perf_counter()
+        self.backward(pairs)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - started
+
+    def gradient(self, pairs: list[Pair]) -> Tensor:
+        """The policy adapter's gradient, flat, by sorted name; the adapter stays as it is."""
+        self.backward(pairs)
+        named = {
+            name.replace(".policy", "").replace(".default", ""): p.grad.flatten().clone()
+            for name, p in self.trainer.model.named_parameters()
+            if p.grad is not None
+        }
+        self.optimizer.zero_grad()
+        return torch.cat([named[name] for name in sorted(named)])
+
+
+def make_contenders(names: list[str], root: Path, vocabulary: int) -> dict[str, Contender | str]:
+    """The contenders by name; one that cannot be made is the reason as text."""
+    base = save_base(root / f"base{vocabulary}", vocabulary)
+    sft = tiny.save_adapter(base, root / f"sft{vocabulary}", r=RANK, lora_alpha=RANK)
+    made: dict[str, Contender | str] = {}
+    for name in names:
+        try:
+            made[name] = Contender(MAKERS[name](base, sft, root / name))
+        except Exception as error:
+            made[name] = f"{type(error).__name__}: {error}"
+    return made
+
+
+def save_base(folder: Path, vocabulary: int) -> Path:
+    """A random Qwen2 with the tiny tokenizer."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(**BODY, vocab_size=vocabulary, tie_word_embeddings=False)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def stock(base: Path, sft: Path, folder: Path, collects: bool = True, **settings: Any) -> Any:
+    """Stock's trainer; TRL copies the trainable adapter to its own `ref`."""
+    from axolotl.core.trainers.dpo.args import AxolotlDPOConfig
+    from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    class WithoutCollection(AxolotlDPOTrainer):  # type: ignore[misc]
+        def training_step(self, *arguments: Any, **keywords: Any) -> Tensor:
+            return super(AxolotlDPOTrainer, self).training_step(*arguments, **keywords)
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), sft, is_trainable=True)
+    args = AxolotlDPOConfig(
+        output_dir=str(folder), report_to=[], bf16=False, max_length=None, gradient_checkpointing=True,
+        gradient_checkpointing_kwargs=CHECKPOINTING, use_cpu=not torch.cuda.is_available(), **settings,
+    )  # fmt: skip
+    kind = AxolotlDPOTrainer if collects else WithoutCollection
+    rows = Dataset.from_list([{"prompt": "Question?", "chosen": "Yes.", "rejected": "No."}])  # steps bring their own
+    return kind(model=model, args=args, processing_class=tiny.tokenizer(), train_dataset=rows)
+
+
+def ours(base: Path, sft: Path, folder: Path, warm: bool = False) -> Any:
+    """Our trainer, as axolotl builds it."""
+    from axolotl.integrations.base import PluginManager
+    from axolotl.train import setup_model_and_trainer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    reference = {"cache": str(folder / "kept") if warm else False}
+    config = tiny.dpo_config(
+        base, folder / "out", lora_model_dir=str(sft), lora_r=RANK, lora_alpha=RANK, gradient_checkpointing=True,
+        dpo_plugin={"reference": reference},
+    )  # fmt: skip
+    cfg = host.load_config(config, folder)
+    data = PluginManager.get_instance().load_datasets(cfg, preprocess=False)
+    return setup_model_and_trainer(cfg, data)[0]
+
+
+MAKERS: dict[str, Callable[[Path, Path, Path], Any]] = {
+    "stock": stock,
+    "stock-nogc": lambda *paths: stock(*paths, collects=False),
+    "liger": lambda *paths: stock(*paths, collects=False, use_liger_kernel=True),
+    "ours": ours,
+    "ours-warm": lambda *paths: ours(*paths, warm=True),
+}
+
+
+# ── measuring ──
+
+
+def peak_growth(job: Callable[[], Any]) -> float:
+    """MiB by which the resident set grew at most while the job ran (Linux)."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
+    job()
+    return (status("VmHWM") - before) / 1024
+
+
+def status(field: str) -> int:
+    """A line of /proc/self/status in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(field)))
+
+
+def race(contenders: dict[str, Contender], batches: list[list[Pair]], warm_up: int) -> dict[str, list[float]]:
+    """Seconds per counted step, interleaved; a kept reference is filled before."""
+    for name, contender in contenders.items():
+        if name == "ours-warm":
+            with torch.no_grad():
+                for pairs in batches:
+                    inputs = contender.trainer.data_collator(pairs)
+                    contender.trainer.reference_logps(contender.trainer.model, inputs)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number, pairs in enumerate(batches):
+        for name, contender in contenders.items():
+            took = contender.step(pairs)
+            if number >= warm_up:
+                seconds[name].append(took)
+    return seconds
+
+
+def summary(seconds: dict[str, list[float]], pairs: int) -> dict[str, Any]:
+    """Medians, spreads, and ratios to stock-nogc from steps on the same pairs."""
+    against = seconds["stock-nogc"]
+    found = {}
+    for name, steps in seconds.items():
+        ratios = [theirs / own for theirs, own in zip(against, steps, strict=True)]
+        quarters = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+        found[name] = {
+            "pairs_per_s": pairs / statistics.median(steps),
+            "ratio": sum(against) / sum(steps),
+            "ratio_median": statistics.median(ratios),
+            "ratio_quartiles": [quarters[0], quarters[2]],
+            "seconds": [round(step, 4) for step in steps],
+        }
+    return found
+
+
+def equality(contenders: dict[str, Contender], pairs: list[Pair]) -> dict[str, float]:
+    """Largest |Δ log-prob| in nats and relative Δ gradient between ours and stock at the same weights."""
+    theirs, own = contenders["stock-nogc"], contenders["ours"]
+    wanted, got = theirs.gradient(pairs), own.gradient(pairs)
+    found = [logged(contender.trainer) for contender in (theirs, own)]
+    return {
+        "logps": max(abs(a - b) for a, b in zip(*found, strict=True)),
+        "gradient": float((got - wanted).norm() / wanted.norm()),
+    }
+
+
+def logged(trainer: Any) -> list[float]:
+    """Chosen and rejected log-probs of the step that has just run."""
+    if hasattr(trainer, "_means"):
+        means = trainer._means["train"].result(lambda values: values)
+        return [means["logps/chosen"], means["logps/rejected"]]
+    return [trainer._metrics["train"][f"logps/{side}"][-1] for side in ("chosen", "rejected")]
+
+
+# ── what is measured ──
+
+
+def speed(root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Prompt shares and the log-normal mix, at micro-batch 1 and 4."""
+    usual = ["stock-nogc", "ours", "ours-warm"]
+    made = make_contenders([*MAKERS], root, 8192)
+    missing = {name: made.pop(name) for name in [*made] if isinstance(made[name], str)}
+    liger = made.get("liger")
+    if isinstance(liger, Contender):
+        try:
+            liger.backward([of_share(random.Random(0), 32, 0.5, 8192)])
+        except Exception as error:
+            missing["liger"] = f"{type(error).__name__}: {error}"
+            del made["liger"]
+    for name, reason in missing.items():
+        yield {"does_not_run": name, "reason": str(reason).splitlines()[0][:200]}
+    shares = [0.5] if arguments.quick else [0.1, 0.3, 0.5, 0.7, 0.9]
+    cases = [(1, share) for share in [*shares, None]] + [(4, 0.5), (4, None)]
+    if arguments.case:
+        cases = [case for case in cases if f"{case[0]},{case[1] or 'mix'}" == arguments.case]
+    for size, share in cases:
+        draw = random.Random(7)
+        make = (lambda: of_share(draw, arguments.tokens, share, 8192)) if share else lambda: of_mix(draw, 512, 8192)  # noqa: B023
+        batches = [[make() for _ in range(size)] for _ in range(arguments.warm_up + arguments.steps)]
+        taking_part = {n: c for n, c in made.items() if (n in usual or share == 0.5) and isinstance(c, Contender)}
+        equal = equality(taking_part, batches[0]) if (size, share) == cases[0] else None
+        found = summary(race(taking_part, batches, arguments.warm_up), size)
+        yield {"micro_batch": size, "prompt_share": share or "log-normal mix", "contenders": found, "equality": equal}
+
+
+def memory(root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Peak growth of a step at the vocabulary of Qwen2.5, one pair."""
+    vocabulary = 2048 if arguments.quick else 152_064
+    made = make_contenders(["stock-nogc", "ours"], root, vocabulary)
+    pairs = [of_share(random.Random(3), 2 * arguments.tokens, 0.5, vocabulary)]
+    growth: dict[str, list[float]] = {name: [] for name in made}
+    for _ in range(2 if arguments.quick else 5):
+        for name, contender in made.items():
+            assert isinstance(contender, Contender), contender
+            growth[name].append(peak_growth(lambda: contender.backward(pairs)))  # noqa: B023
+            contender.optimizer.zero_grad()
+    middle = {name: statistics.median(values[1:]) for name, values in growth.items()}
+    yield {
+        "memory": {"vocabulary": vocabulary, "tokens": 2 * arguments.tokens, "peak_mib": middle},
+        "share_of_stock": middle["ours"] / middle["stock-nogc"],
+        "equality": equality({n: c for n, c in made.items() if isinstance(c, Contender)}, pairs),
+    }
+
+
+def growth(root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Seconds per token without attention, from T = 256 to 2048, and memory of the loss stage."""
+    own = make_contenders(["ours-warm"], root / "growth", 8192)["ours-warm"]
+    assert isinstance(own, Contender), own
+    lengths = [64, 128] if arguments.quick else [256, 512, 1024, 2048]
+    draw = random.Random(5)
+    batches = {tokens: [pair(draw, tokens // 2, tokens // 2, tokens // 2, 8192)] for tokens in lengths}
+    seconds: dict[int, list[float]] = {tokens: [] for tokens in lengths}
+    attention: dict[int, list[float]] = {tokens: [] for tokens in lengths}
+    for number in range(arguments.warm_up + max(3, arguments.steps // 3)):
+        for tokens, pairs in batches.items():
+            took, inside = own.step(pairs), attention_seconds(tokens)
+            if number >= arguments.warm_up:
+                seconds[tokens].append(took)
+                attention[tokens].append(inside)
+    per_token = {}
+    for tokens, pairs in batches.items():
+        rest = statistics.median(seconds[tokens]) - statistics.median(attention[tokens])
+        per_token[tokens] = rest / own.trainer.data_collator.tokens(pairs) * 1e6
+    yield {
+        "growth": {
+            "us_per_token_without_attention": per_token,
+            "seconds": {tokens: statistics.median(values) for tokens, values in seconds.items()},
+            "attention_seconds": {tokens: statistics.median(values) for tokens, values in attention.items()},
+            "loss_stage_mib": {tokens: loss_stage(tokens, arguments.quick) for tokens in lengths},
+        }
+    }
+
+
+def attention_seconds(tokens: int) -> float:
+    """Forward, recompute and backward of all layers' attention for a pair of half prompt, on its own."""
+    from dpo_plugin.compute.attention import PairSegments, shared_prefix_attention
+
+    half = tokens // 2
+    length = 3 * half
+    segments = PairSegments([(half, half, half)], length, torch.device("cpu"))
+    head = BODY["hidden_size"] // BODY["num_attention_heads"]
+    heads = (BODY["num_attention_heads"], BODY["num_key_value_heads"], BODY["num_key_value_heads"])
+    q, k, v = (torch.randn(1, count, length, head, requires_grad=True) for count in heads)
+    module = torch.nn.Module()
+    started = time.perf_counter()
+    for _ in range(BODY["num_hidden_layers"]):
+        with torch.no_grad():
+            shared_prefix_attention(module, q, k, v, None, pair_segments=segments)
+        shared_prefix_attention(module, q, k, v, None, pair_segments=segments)[0].sum().backward()
+    return time.perf_counter() - started
+
+
+def loss_stage(tokens: int, quick: bool) -> float:
+    """MiB that scoring this many completion tokens takes at most, at the vocabulary of Qwen2.5."""
+    from dpo_plugin.compute.logps import ForwardOptions, chunked_scores
+
+    vocabulary = 2048 if quick else 152_064
+    head = torch.nn.Linear(BODY["hidden_size"], vocabulary, bias=False).requires_grad_(False)
+    hidden = torch.randn(tokens, BODY["hidden_size"], requires_grad=True)
+    labels = torch.randint(vocabulary, (tokens,))
+
+    def score() -> None:
+        scores = chunked_scores(head, hidden, labels, ForwardOptions(), False, vocabulary)
+        scores[:, 0].sum().backward()
+
+    score()
+    return peak_growth(score)
+
+
+def head(root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Both ways to exact gradients without keeping logits: each token's slope kept at forward, or chunks recomputed."""
+    from dpo_plugin.compute.logps import ForwardOptions, chunked_scores
+
+    for vocabulary, rows in [(2048, 64)] if arguments.quick else [(8192, 512), (152_064, 512)]:
+        layer = torch.nn.Linear(BODY["hidden_size"], vocabulary, bias=False).requires_grad_(False)
+        hidden = torch.randn(rows, BODY["hidden_size"], requires_grad=True)
+        labels = torch.randint(vocabulary, (rows,))
+        seconds: dict[str, list[float]] = {"slope kept": [], "recomputed": []}
+        for _ in range(3 + arguments.steps // 3):
+            for name, recompute in (("slope kept", False), ("recomputed", True)):
+                started = time.perf_counter()
+                chunked_scores(layer, hidden, labels, ForwardOptions(), recompute, vocabulary)[:, 0].sum().backward()
+                seconds[name].append(time.perf_counter() - started)
+        medians = {name: statistics.median(values[3:]) for name, values in seconds.items()}
+        yield {"head": {"vocabulary": vocabulary, "tokens": rows, "seconds": medians}}
+
+
+def report(found: dict[str, Any]) -> str:
+    """One measurement as a line or some."""
+    if "does_not_run" in found:
+        return f"{found['does_not_run']}: does not run here: {found['reason']}"
+    if "growth" in found:
+        return json.dumps(found["growth"], indent=1)
+    if "memory" in found or "head" in found:
+        return json.dumps(found, indent=1)
+    lines = [f"micro-batch {found['micro_batch']}, prompt share {found['prompt_share']}"]
+    for name, of in found["contenders"].items():
+        low, high = of["ratio_quartiles"]
+        lines.append(
+            f"  {name:11} {of['pairs_per_s']:7.2f} pairs/s   {of['ratio']:.2f} × stock-nogc"
+            f"   (median of steps {of['ratio_median']:.2f}, quartiles {low:.2f} to {high:.2f})"
+        )
+    if found["equality"]:
+        lines.append(
+            f"  max |Δ log-prob| {found['equality']['logps']:.1e}, Δ gradient {found['equality']['gradient']:.1e}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print each measurement as it comes, and write all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=30, help="counted steps")
+    parser.add_argument("--warm-up", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of the longer side")
+    parser.add_argument("--only", choices=["speed", "memory", "growth", "head"])
+    parser.add_argument("--case", help="one of the speed cases alone: micro-batch,share, e.g. 1,0.5 or 4,mix")
+    parser.add_argument("--quick", action="store_true", help="one share, small vocabulary: shows that it runs")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    arguments = parser.parse_args()
+    logging.disable(logging.INFO)
+    names = ("axolotl", "trl", "peft", "transformers", "torch")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    machine = {"python": platform.python_version(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    results: list[dict[str, Any]] = [{"versions": versions, "machine": machine}]
+    with tempfile.TemporaryDirectory() as temporary:
+        for job in (speed, memory, growth, head):
+            if arguments.only in (None, job.__name__):
+                for found in job(Path(temporary), arguments):
+                    results.append(found)
+                    print(report(found), flush=True)
+                    if arguments.json:
+                        arguments.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""How many decoder layers have to be checkpointed: as few as memory allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MARGIN = 0.15
+"""Share of the free memory that is left for the allocator's gaps, gradients and what other libraries take."""
+
+
+def layers_to_checkpoint(layers: int, tokens: int, bytes_per_token: float, free: int) -> int:
+    """Smallest number of checkpointed layers with which a step's activations fit.
+
+    Args:
+        layers: Decoder layers.
+        tokens: Tokens of the longest forward.
+        bytes_per_token: What a layer that is not checkpointed keeps for backward, in bytes per token.
+        free: Free memory in bytes.
+    """
+    each = tokens * bytes_per_token
+    budget = free * (1 - MARGIN) - each  # one layer is whole in memory while it is recomputed
+    kept = max(0, int(budget // each))
+    return max(0, layers - kept)
+
+
+def saved_bytes_per_token(layer: nn.Module, config: Any, device: torch.device | str, tokens: int = 256) -> float:
+    """Bytes per token that a decoder layer keeps for backward, measured by running it once without checkpointing.
+
+    Args:
+        layer: A decoder layer, called as transformers calls it.
+        config: The model's transformers config.
+        device: Where the layer is.
+        tokens: Length of the row that is run.
+    """
+    dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point() and not p.requires_grad), torch.float32)
+    hidden = torch.zeros(1, tokens, config.hidden_size, device=device, dtype=dtype, requires_grad=True)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotary = (
+        torch.ones(1, tokens, head, device=device, dtype=dtype),
+        torch.zeros(1, tokens, head, device=device, dtype=dtype),
+    )
+    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    seen: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    before = getattr(layer, "gradient_checkpointing", False)
+    layer.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            kept = layer(hidden, attention_mask=None, position_embeddings=rotary)
+        del kept
+    finally:
+        layer.gradient_checkpointing = before  # type: ignore[assignment]
+    return sum(seen.values()) / tokens

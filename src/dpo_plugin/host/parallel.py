@@ -1,0 +1,82 @@
+"""Settings of DeepSpeed and FSDP that contradict each other or the config, found before weights are read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_plugin.errors import ConfigError
+
+
+def check_parallel(cfg: Mapping[str, Any]) -> None:
+    """Check the raw config's ``deepspeed``, ``fsdp_config`` and number of processes.
+
+    Raises:
+        ConfigError: Naming the key and the line to write.
+    """
+    if cfg.get("deepspeed") and (cfg.get("fsdp_config") or cfg.get("fsdp")):
+        raise ConfigError(
+            "`deepspeed` and `fsdp_config` are both set, and only one of them can shard the model. Remove one: for "
+            "ZeRO-3 keep deepspeed: deepspeed_configs/zero3_bf16.json"
+        )
+    _check_devices()
+    if cfg.get("deepspeed"):
+        _check_deepspeed(cfg, read_deepspeed(cfg["deepspeed"]))
+
+
+def read_deepspeed(setting: Any) -> Mapping[str, Any]:
+    """The DeepSpeed settings, from a file or as they stand in the YAML.
+
+    Raises:
+        ConfigError: If the file is missing or is no JSON object.
+    """
+    if isinstance(setting, Mapping):
+        return setting
+    file = Path(str(setting))
+    if not file.is_file():
+        raise ConfigError(f"`deepspeed: {setting}` does not exist. Write: deepspeed: deepspeed_configs/zero3_bf16.json")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"`deepspeed: {setting}` is no JSON: {error}. Mend the file") from error
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"`deepspeed: {setting}` is a {type(found).__name__}, not a JSON object. Mend the file")
+    return found
+
+
+def _check_devices() -> None:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if torch.cuda.is_available() and here > torch.cuda.device_count():
+        raise ConfigError(
+            f"{here} processes were launched on this machine, which has {torch.cuda.device_count()} GPUs. "
+            f"Write: --nproc_per_node {torch.cuda.device_count()}"
+        )
+
+
+def _check_deepspeed(cfg: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    stage = (settings.get("zero_optimization") or {}).get("stage")
+    if stage == 3 and cfg.get("load_in_8bit"):
+        raise ConfigError(
+            "`load_in_8bit: true` cannot be partitioned by ZeRO-3: bitsandbytes keeps the scales of 8-bit weights "
+            "beside them. Write: load_in_4bit: true and adapter: qlora"
+        )
+    micro, steps = cfg.get("micro_batch_size"), cfg.get("gradient_accumulation_steps")
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    product = int(micro) * int(steps) * world if micro and steps else None
+    expected = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": steps,
+        "train_batch_size": product,
+    }
+    for key, ours in expected.items():
+        theirs = settings.get(key)
+        if isinstance(theirs, int) and ours is not None and theirs != int(ours):
+            raise ConfigError(
+                f"`{key}: {theirs}` in `deepspeed: {cfg['deepspeed'] if isinstance(cfg['deepspeed'], str) else '{…}'}` "
+                f'contradicts the config, which says {ours}. Write there: "{key}": "auto"'
+            )

@@ -1,0 +1,93 @@
+"""The prompts of the section ``samples``: checked before a model is loaded, rendered as the training data is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from axolotl.integrations.base import PluginManager
+from axolotl.utils.chat_templates import get_chat_template_from_config
+from axolotl.utils.dict import DictDefault
+
+from dpo_plugin.config import DPOPluginConfig
+from dpo_plugin.data.render import Renderer
+from dpo_plugin.errors import ConfigError, RowError
+from dpo_plugin.host.parallel import read_deepspeed
+from dpo_plugin.monitor.samples import read_prompts
+from dpo_plugin.types import Message, PreferencePair, RenderedPair
+
+KEY = "dpo_plugin.samples.prompts"
+
+
+def check_samples(cfg: Mapping[str, Any], config: DPOPluginConfig) -> None:
+    """Check the section ``samples`` of a raw config.
+
+    Raises:
+        ConfigError: If the prompts are missing or cannot be read, or the model is split over ranks.
+    """
+    if config.samples is None:
+        return
+    if split := _split_by(cfg):
+        raise refusal(split)
+    if config.samples.prompts != "eval":
+        read_prompts(config.samples.prompts, KEY)
+    elif not cfg.get("test_datasets") and not cfg.get("val_set_size"):
+        raise ConfigError(
+            f"`{KEY}: eval` takes its prompts from the evaluation data, and the config has none. Write: val_set_size: "
+            "0.05, or prompts: <file>"
+        )
+
+
+def _split_by(cfg: Mapping[str, Any]) -> str | None:
+    """The key by which no rank has the whole model or a whole row, or None."""
+    if cfg.get("fsdp_config") or cfg.get("fsdp"):
+        return "fsdp_config" if cfg.get("fsdp_config") else "fsdp"
+    if cfg.get("deepspeed"):
+        stage = (read_deepspeed(cfg["deepspeed"]).get("zero_optimization") or {}).get("stage")
+        return "deepspeed: ZeRO-3" if stage == 3 else None
+    sizes = ("tensor_parallel_size", "context_parallel_size")
+    return next((f"{key}: {cfg[key]}" for key in sizes if int(cfg.get(key) or 1) > 1), None)
+
+
+def refusal(split: str) -> ConfigError:
+    """The error for a model that is split over ranks.
+
+    Args:
+        split: What splits it.
+    """
+    return ConfigError(
+        f"`dpo_plugin.samples` lets one rank answer, but with `{split}` no rank can run the model alone: all of them "
+        "would have to generate every token in lock step. Remove the section samples, and after training run: "
+        "axolotl dpo compare <config.yaml>"
+    )
+
+
+def render_prompt(
+    prompt: str | list[Message], tokenizer: Any, datasets: Sequence[Mapping[str, Any]], file: str
+) -> list[int]:
+    """Token ids of a prompt of a file, as the training data's prompts are rendered.
+
+    A text is one message of the user, unless the first data set is of the type ``dpo_plugin.text``, whose prompts are
+    read as they stand.
+
+    Raises:
+        ConfigError: If the chat template refuses it, or there is none.
+    """
+    cfg = PluginManager.get_instance().cfg
+    entry = datasets[0] if datasets else {}
+    as_it_stands = isinstance(prompt, str) and entry.get("type") == "dpo_plugin.text"
+    choice = entry.get("chat_template") or cfg.chat_template
+    template = get_chat_template_from_config(cfg, DictDefault(entry), tokenizer) if choice else None
+    name = f"chat_template {choice}" if choice else "the tokenizer's chat template"
+    renderer = Renderer(tokenizer, template, name, cfg.chat_template_kwargs or {})
+    if as_it_stands:
+        text = renderer.render(RenderedPair(str(prompt), "", "")).prompt
+    elif not renderer.template:
+        raise ConfigError(f"`{KEY}: {file}`: the tokenizer has no chat template. Write: chat_template: chatml")
+    else:
+        messages = [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+        try:
+            text = renderer.text(messages, PreferencePair(messages, [], []), generate=True)
+        except RowError as error:
+            raise ConfigError(f"`{KEY}: {file}`: {error}. Write another prompt instead of {prompt!r}") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,61 @@
+"""What each logged field means and what it should do, in a sentence, for people who read a run for the first time."""
+
+from __future__ import annotations
+
+FIELDS: dict[str, str] = {
+    "loss": "What is minimised. The default loss starts at ln 2 = 0.6931, where policy and reference agree, and should "
+    "fall.",
+    "grad_norm": "Length of the gradient before clipping. Should stay within a few times its first values; 0 "
+    "means that nothing is learned.",
+    "learning_rate": "Step size of the optimizer. Rises in the warm-up, then follows the schedule.",
+    "epoch": "How often the data has been seen.",
+    "rewards/chosen": "β times the log-ratio of policy and reference on the preferred answer. Should rise, or hold.",
+    "rewards/rejected": "β times the log-ratio on the rejected answer. Should fall below the reward of chosen.",
+    "rewards/accuracies": "Share of pairs whose preferred answer has the higher reward. Should rise well above 0.5; at "
+    "step 0 it is 0, both rewards being 0.",
+    "rewards/margins": "Reward of chosen minus reward of rejected. Starts at 0 and should rise.",
+    "rewards/margins_p10": "Margin that a tenth of the pairs stay below. Should follow the mean upwards in the end.",
+    "rewards/margins_p50": "Margin of the pair in the middle. Should rise with the mean; if not, few pairs carry it.",
+    "rewards/margins_p90": "Margin that a tenth of the pairs exceed. Should not run away from the rest.",
+    "rewards/negative_margins": "Share of pairs that are ranked the wrong way round. Should fall.",
+    "rewards/saturated": "Share of pairs with σ(margin) > 0.99, which teach nothing more. Should rise late, if at all.",
+    "rewards/count": "Pairs that the line is a mean of.",
+    "logps/chosen": "Log-probability of the whole preferred answer in nats. Should not fall much.",
+    "logps/rejected": "Log-probability of the whole rejected answer in nats. May fall.",
+    "logps/chosen_per_token": "Log-probability of chosen per token in nats. Should not fall much.",
+    "logps/rejected_per_token": "Log-probability of rejected per token in nats. May fall.",
+    "logps/chosen_displacement": "Change of chosen's log-probability since step 0, nats per token. Should stay near 0 "
+    "or above; −0.7 means that every token is half as likely.",
+    "logps/rejected_displacement": "Change of rejected's log-probability since step 0, nats per token. Should fall, "
+    "and further than chosen.",
+    "logratios/chosen": "log π − log π_ref of the preferred answer in nats, before β. Should rise, or hold.",
+    "logratios/rejected": "log π − log π_ref of the rejected answer in nats, before β. Should fall.",
+    "logratios/margin_per_token": "Margin in nats per token, before β. Should rise; if only the margin rises, length "
+    "is being learned.",
+    "logits/chosen": "Mean logit over the tokens of chosen. Should drift slowly.",
+    "logits/rejected": "Mean logit over the tokens of rejected. Should drift slowly.",
+    "lengths/chosen": "Tokens of the preferred answer. A property of the data; should hold.",
+    "lengths/rejected": "Tokens of the rejected answer. A property of the data; should hold.",
+    "lengths/margin_correlation": "How far the margin goes with the difference in length, −1 to 1. Should stay well "
+    "below 0.5.",
+    "lengths/accuracy_chosen_longer": "Accuracy where the preferred answer is the longer one. Should rise.",
+    "lengths/accuracy_chosen_shorter": "Accuracy where the preferred answer is the shorter one. Should rise as well.",
+    "entropy/chosen": "How undecided the policy is on chosen's tokens, nats per token. Should fall slowly, not to 0.",
+    "entropy/rejected": "How undecided the policy is on rejected's tokens, nats per token.",
+    "reference/drift": "Largest change of a weight of the frozen reference. Must be 0.",
+    "runtime": "Seconds that the evaluation took.",
+    "samples_per_second": "Pairs per second of the evaluation.",
+    "steps_per_second": "Batches per second of the evaluation.",
+}
+"""Field → meaning and what it should do; evaluation's fields mean the same, on held-out pairs."""
+
+
+def explain(name: str) -> str:
+    """The sentence of a logged field; empty for one that is not ours."""
+    held_out = name.startswith("eval_")
+    bare = name.removeprefix("eval_")
+    sentence = FIELDS.get(bare, "")
+    if not sentence and bare.count("/") > 1:
+        group, source = "/".join(bare.split("/")[:2]), "/".join(bare.split("/")[2:])
+        sentence = f"Of the source {source} alone: {FIELDS[group]}" if group in FIELDS else ""
+    return f"Held-out data: {sentence[0].lower()}{sentence[1:]}" if held_out and sentence else sentence

@@ -1,0 +1,130 @@
+"""The parts of a report page that know nothing of runs: style, the PNG button, tables, numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from dpo_plugin.monitor.charts import DARK, LIGHT
+
+
+def _variables(colours: Mapping[str, str]) -> str:
+    return "".join(f"{name}:{colour};" for name, colour in colours.items())
+
+
+STYLE = f"""
+:root{{color-scheme:light dark;{_variables(LIGHT)}}}
+@media (prefers-color-scheme: dark){{:root{{{_variables(DARK)}}}}}
+*{{box-sizing:border-box}}
+body{{margin:0 auto;max-width:1180px;padding:16px;background:var(--page);color:var(--ink);
+ font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;overflow-wrap:break-word}}
+h1{{font-size:1.35rem;margin:.3em 0}} h2{{font-size:1.1rem;margin:1.8em 0 .6em}} h3{{font-size:.95rem;margin:0}}
+p{{margin:.4em 0}} a{{color:inherit}} code,pre{{font:.85em ui-monospace,Menlo,Consolas,monospace}}
+pre{{white-space:pre-wrap;margin:0}} small,.quiet,figcaption,th{{color:var(--ink2)}}
+.card,figure,details{{background:var(--card);border:1px solid var(--grid);border-radius:10px;padding:12px 14px}}
+figure{{margin:0}} .card+.card{{margin-top:10px}} .tiles .card,ol.findings .card{{margin:0}}
+.sides{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,260px),1fr));gap:4px 24px}}
+.said{{white-space:pre-wrap}}
+.verdict{{border-left:6px solid var(--good)}} .verdict.error{{border-left-color:var(--mark)}}
+.verdict.warning{{border-left-color:var(--warn)}}
+.verdict strong{{font-size:1.15rem}}
+.tiles{{display:grid;grid-template-columns:repeat(auto-fit,minmax(118px,1fr));gap:10px;margin:12px 0}}
+.tiles small{{display:block;line-height:1.3}} .tiles b{{display:block;font-size:1.15rem;font-weight:600}}
+.charts{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:12px}}
+figure{{display:flex;flex-direction:column;gap:4px;scroll-margin-top:8px}}
+figure header{{display:flex;justify-content:space-between;align-items:center;gap:8px}}
+figure svg{{width:100%;height:auto;display:block}}
+figcaption{{font-size:.85rem;line-height:1.4}}
+button{{font:inherit;font-size:.75rem;color:var(--ink2);background:none;border:1px solid var(--grid);border-radius:6px;
+ padding:2px 8px;cursor:pointer}} button:hover{{color:var(--ink)}}
+ol.findings{{list-style:none;padding:0;margin:12px 0;display:grid;gap:10px}}
+ol.findings li{{border-left:4px solid var(--warn)}} ol.findings li.error{{border-left-color:var(--mark)}}
+.number{{color:var(--mark);font-weight:700;margin-right:.4em}}
+.write{{display:block;margin-top:6px;padding:6px 8px;background:var(--page);border-radius:6px}}
+details{{margin:12px 0}} summary{{cursor:pointer;font-weight:600}} details>*:not(summary){{margin-top:10px}}
+.wide{{overflow-x:auto}} table{{border-collapse:collapse;width:100%;font-size:.88rem}}
+th,td{{text-align:left;vertical-align:top;padding:5px 14px 5px 0;border-bottom:1px solid var(--grid)}}
+th{{font-weight:500}} td.n{{font-variant-numeric:tabular-nums;white-space:nowrap}}
+td.long{{min-width:200px;white-space:pre-wrap}}
+footer{{margin:24px 0;font-size:.85rem;color:var(--ink2)}}
+@media print{{button{{display:none}} figure,li{{break-inside:avoid}}}}
+"""
+
+SCRIPT = r"""
+for (const button of document.querySelectorAll("figure button")) button.onclick = () => {
+  const figure = button.closest("figure"), svg = figure.querySelector("svg"), width = 1200;
+  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
+  const [, , w, h] = svg.getAttribute("viewBox").split(" ").map(Number), height = Math.round(width * h / w);
+  const text = svg.outerHTML.replace(/var\((--\w+)\)/g, (_, name) => colour(name));
+  const image = new Image(), canvas = document.createElement("canvas"), link = document.createElement("a");
+  image.onload = () => {
+    canvas.width = width; canvas.height = height + 60;
+    const draw = canvas.getContext("2d");
+    draw.fillStyle = colour("--card"); draw.fillRect(0, 0, canvas.width, canvas.height);
+    draw.fillStyle = colour("--ink"); draw.font = "600 28px system-ui, sans-serif";
+    draw.fillText(figure.querySelector("h3").textContent, 24, 42);
+    draw.drawImage(image, 0, 60, width, height);
+    link.href = canvas.toDataURL("image/png"); link.download = figure.id + ".png"; link.click();
+  };
+  image.src = "data:image/svg+xml;charset=utf-8," + encodeURIComponent(
+    text.replace("<svg ", `<svg width="${width}" height="${height}" font-family="system-ui, sans-serif" `));
+};
+"""
+
+
+def page(title: str, body: str) -> str:
+    """A whole HTML page that needs no network."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>{body}<script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], long: Sequence[int] = ()) -> str:
+    """A table that scrolls sideways where the screen is narrow.
+
+    Args:
+        head: Column names.
+        rows: Cells; numbers are shortened, everything is escaped.
+        long: Columns with running text, which keep its line breaks.
+    """
+    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = "".join("<tr>" + "".join(_cell(cell, at in long) for at, cell in enumerate(row)) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(value: Any, long: bool) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f'<td class="n">{number(value)}</td>'
+    kind = ' class="long"' if long else ""
+    return f"<td{kind}>{escape('' if value is None else str(value))}</td>"
+
+
+def prose(text: str) -> str:
+    """A sentence as HTML; what stands between backticks is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
+def number(value: float | None) -> str:
+    """A number in four digits; an empty place for None."""
+    if value is None:
+        return "–"
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15):
+        return f"{int(value):,}"
+    return f"{value:.4g}".replace("-", "−")
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as ``a.b`` → text, for tables and comparisons."""
+    found: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value):
+            found |= flat({str(at): entry for at, entry in enumerate(value)}, f"{prefix}{name}.")
+        elif value is not None:
+            found[f"{prefix}{name}"] = str(value)
+    return found

@@ -1,0 +1,66 @@
+"""Health checks and figures by source in whole runs."""
+
+import json
+import logging
+
+import pytest
+
+from dpo_plugin.errors import HealthError
+from tests.support import host
+from tests.support.tiny import chat_row, dpo_config, write_rows
+
+ROWS = [chat_row(f"Question {n}?", f"A good answer, number {n}.", f"Bad {n}.", "ab"[n % 2]) for n in range(40)]
+
+
+def config(base_dir, sft_dir, tmp_path, **settings):
+    data = [{"path": str(write_rows(tmp_path / "rows.jsonl", ROWS)), "ds_type": "json", "type": "dpo_plugin.chat"}]
+    usual = {
+        "datasets": data,
+        "lora_model_dir": str(sft_dir),
+        "save_strategy": "no",
+        "save_steps": None,
+        "max_steps": 10,
+    }
+    return dpo_config(base_dir, tmp_path / "out", **{**usual, **settings})
+
+
+def written(run):
+    return json.loads((run.output_dir / "dpo_run.json").read_text())
+
+
+def test_a_run_that_learns_has_no_finding_and_figures_by_source(base_dir, sft_dir, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        run = host.train(config(base_dir, sft_dir, tmp_path), tmp_path)
+    assert written(run)["findings"] == []
+    assert written(run)["facts"]["adapter_dtype"] == "float32"
+    assert written(run)["facts"]["starts_as_reference"] is True
+    assert "health:" not in caplog.text
+    page = (run.output_dir / "report.html").read_text()
+    assert "Nothing was found that speaks against this run." in page
+    logged = [json.loads(line) for line in (run.output_dir / "dpo_log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged if "loss" in line] == list(range(1, 11))
+    line = next(line for line in run.lines if "rewards/margins/a" in line)
+    both = [line[f"rewards/margins/{source}"] * line[f"rewards/count/{source}"] for source in "ab"]
+    assert sum(both) / 4 == pytest.approx(line["rewards/margins"], abs=1e-5)
+    assert 0.3 < line["speed/shared_tokens"] < 0.5
+    assert line["speed/kept_reference"] == 0
+    assert 0 < line["entropy/chosen"] < 9
+    assert line["speed/pairs_per_second"] > 0
+
+
+def test_a_run_that_does_not_learn_is_told_what_to_change(base_dir, sft_dir, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        run = host.train(config(base_dir, sft_dir, tmp_path, learning_rate=1e-9), tmp_path)
+    found = {finding["check"]: finding for finding in written(run)["findings"]}
+    assert "loss_at_ln2" in found
+    assert found["loss_at_ln2"]["advice"].endswith("Write: learning_rate: 1e-05")
+    assert caplog.text.count("health: loss_at_ln2 (error") == 1
+
+
+def test_a_check_can_stop_the_run_or_be_off(base_dir, sft_dir, tmp_path):
+    settings = config(base_dir, sft_dir, tmp_path, learning_rate=1e-9)
+    with pytest.raises(HealthError, match=r"the loss stays at ln 2.*`dpo_plugin.health` says `stop`"):
+        host.train({**settings, "dpo_plugin": {"health": {"checks": {"loss_at_ln2": "stop"}}}}, tmp_path)
+    assert json.loads((tmp_path / "out/dpo_run.json").read_text())["findings"]
+    run = host.train({**settings, "dpo_plugin": {"health": {"action": "off"}}}, tmp_path)
+    assert written(run)["findings"] == []

@@ -1,0 +1,444 @@
+"""Reading what a run left behind, whole or damaged, and the page that is made of it."""
+
+import json
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_plugin.errors import DataError
+from dpo_plugin.monitor.charts import BUCKETS, Chart, Line, as_arrays, smoothed, thinned, to_svg
+from dpo_plugin.monitor.checks import CHECKS
+from dpo_plugin.monitor.fields import explain
+from dpo_plugin.monitor.history import Series
+from dpo_plugin.monitor.metrics import METRICS, MeanMetrics
+from dpo_plugin.monitor.panels import MARKED_ON, PANELS
+from dpo_plugin.monitor.report import verdict, write_pngs, write_report
+from dpo_plugin.monitor.runs import LOG, RUN, SAMPLES, STATE, log_text, read_run
+from dpo_plugin.types import Finding
+from tests.unit.test_health import recorded
+from tests.unit.test_metrics import some_pairs
+
+
+def folder(path: Path, name: str = "healthy", **more: Any) -> Path:
+    """An output folder with a recorded run's log, audit and settings."""
+    lines, facts, audits = recorded(name)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / LOG).write_text("".join(map(log_text, lines)), encoding="utf-8")
+    (path / "data_audit.json").write_text(json.dumps({"datasets": audits}), encoding="utf-8")
+    config = {"rl": "dpo", "learning_rate": facts.learning_rate, "dpo_plugin": {"reference": {"strategy": "adapter"}}}
+    (path / RUN).write_text(json.dumps({"facts": facts.to_dict(), "config": config, **more}), encoding="utf-8")
+    return path
+
+
+def state(path: Path, lines: Any, **more: Any) -> Path:
+    """A trainer state; ``path`` is the checkpoint's folder."""
+    path.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"log_history": lines, "max_steps": 66, "num_train_epochs": 2, **more}, indent=2, sort_keys=True)
+    (path / STATE).write_text(text, encoding="utf-8")
+    return path / STATE
+
+
+def written(runs: Any, path: Path) -> str:
+    return write_report(runs, path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def healthy_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("healthy")
+    return written([read_run(folder(path))], path)
+
+
+def body(page: str) -> str:
+    return page[page.index("<body>") : page.index("<script>")]
+
+
+# ── reading ──
+
+
+def test_a_whole_run_is_read(tmp_path: Path):
+    lines, facts, audits = recorded("healthy")
+    run = read_run(folder(tmp_path / "out"))
+    assert (run.name, run.read, run.notes, run.findings) == ("out", LOG, [], [])
+    assert run.history.facts.learning_rate == facts.learning_rate
+    assert run.history.audits == audits
+    expected = [line["loss"] for line in lines if "loss" in line]
+    assert list(run.history["loss"].values) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_log_of_the_furthest_checkpoint_is_read_where_there_is_no_other(tmp_path: Path):
+    lines, _, _ = recorded("healthy")
+    state(tmp_path / "checkpoint-9", lines[:5])
+    state(tmp_path / "checkpoint-66", lines)
+    state(tmp_path, lines[:3])
+    run = read_run(tmp_path)
+    assert run.read == f"checkpoint-66/{STATE}"
+    assert run.history.step == 66
+    assert run.history.facts.planned_steps == 66
+    assert run.findings == []
+
+
+def test_findings_are_made_from_the_log_if_none_were_written(tmp_path: Path):
+    made = {finding.check for finding in read_run(folder(tmp_path, "diverged")).findings}
+    assert made == {"accuracy_at_chance", "likelihood_displacement", "loss_diverged", "margin_not_rising"}
+
+
+def test_findings_that_were_written_are_taken(tmp_path: Path):
+    one = Finding("it is odd", "Look. Write: a: b", "warning", 5, {"loss": 1.0}, "theirs", 9)
+    assert read_run(folder(tmp_path, "diverged", findings=[one.to_dict()])).findings == [one]
+
+
+def test_a_log_that_was_cut_is_read_up_to_the_cut(tmp_path: Path):
+    path = folder(tmp_path) / LOG
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text[: int(len(text) * 0.6)], encoding="utf-8")
+    run = read_run(tmp_path)
+    assert 30 < run.history.step < 66
+    assert run.notes == [f"{LOG}: 1 line cut or damaged and left out."]
+    assert "The log ends at step" in written([run], tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.95])
+def test_a_trainer_state_that_was_cut_is_read_up_to_the_cut(tmp_path: Path, share: float):
+    lines, _, _ = recorded("healthy")
+    path = state(tmp_path / "checkpoint-66", lines)
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text[: int(len(text) * share)], encoding="utf-8")
+    run = read_run(tmp_path)
+    assert 66 * (share - 0.15) < run.history.step < 66
+    assert re.fullmatch(r"checkpoint-66/trainer_state.json is cut or damaged; \d+ logged lines .*", run.notes[0])
+    assert "cut or damaged" in written([run], tmp_path)
+
+
+def test_where_nothing_is_left_of_the_furthest_checkpoint_the_one_before_is_read(tmp_path: Path):
+    lines, _, _ = recorded("healthy")
+    state(tmp_path / "checkpoint-33", lines[:30])
+    state(tmp_path / "checkpoint-66", lines).write_text('{"best_metric": nu', encoding="utf-8")
+    run = read_run(tmp_path)
+    assert run.read == f"checkpoint-33/{STATE}"
+    assert "checkpoint-66" in run.notes[0]
+
+
+def test_a_folder_without_a_log_is_an_error_that_says_what_to_write(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no log in `.*empty`: neither dpo_log.jsonl nor .* Write: logging_steps: 1$"):
+        read_run(tmp_path / "empty")
+    with pytest.raises(DataError, match=r"`.*gone` is not a folder. Write .*axolotl dpo report <output_dir>$"):
+        read_run(tmp_path / "gone")
+
+
+def test_damaged_files_beside_the_log_are_said(tmp_path: Path):
+    path = folder(tmp_path)
+    (path / "data_audit.json").write_text('{"datasets": [', encoding="utf-8")
+    (path / RUN).write_text("[]", encoding="utf-8")
+    run = read_run(path)
+    assert run.history.audits == []
+    assert run.notes[0] == "data_audit.json is cut or damaged and was left out."
+
+
+@pytest.mark.parametrize("run", [{"findings": [{"odd": 1}]}, {"findings": 3, "facts": [], "config": "x"}, {}])
+def test_a_settings_file_of_another_make_is_passed_over(tmp_path: Path, run: Any):
+    path = folder(tmp_path, "diverged")
+    (path / RUN).write_text(json.dumps(run), encoding="utf-8")
+    (path / "data_audit.json").write_text(json.dumps({"datasets": ["x", 1]}), encoding="utf-8")
+    assert "loss_diverged" in {finding.check for finding in read_run(path).findings}
+    assert "8.573" in written([read_run(path)], tmp_path)
+
+
+def test_steps_that_a_resumed_run_took_again_count_once(tmp_path: Path):
+    lines, _, _ = recorded("healthy")
+    again = [{**line, "loss": 9.0} for line in lines if "loss" in line and 21 <= line["step"] <= 30]
+    first = [line for line in lines if line["step"] <= 30]
+    path = folder(tmp_path)
+    (path / LOG).write_text("".join(map(log_text, first + again)), encoding="utf-8")
+    run = read_run(path)
+    loss = run.history["loss"]
+    assert list(loss.steps) == list(range(1, 31))
+    assert loss.values[20:].tolist() == [9.0] * 10
+    assert "before a resume" in run.notes[0]
+
+
+def sft_state(path: Path) -> None:
+    state(
+        path / "checkpoint-50",
+        [{"step": s, "loss": 2 - s / 50, "grad_norm": 1.3, "learning_rate": 1e-4} for s in range(1, 51)],
+    )
+
+
+def logger_names(path: Path) -> None:
+    lines = [
+        {"train/global_step": s, "train/loss": 2 - s / 50, "train/grad_norm": 1.3, "train/learning_rate": 1e-4}
+        for s in range(1, 51)
+    ]
+    (path / "history.jsonl").write_text("".join(map(log_text, lines)), encoding="utf-8")
+
+
+def another_trainer(path: Path) -> None:
+    lines = [
+        {"current_steps": s, "loss": f"{2 - s / 50}", "lr": 1e-4, "grad_norm": 1.3, "elapsed_time": "0:00:01"}
+        for s in range(1, 51)
+    ]
+    (path / "trainer_log.jsonl").write_text("".join(map(log_text, lines)), encoding="utf-8")
+
+
+def no_steps(path: Path) -> None:
+    lines = [{"loss": 2 - s / 50, "lr": 1e-4, "grad_norm": 1.3} for s in range(1, 51)]
+    (path / "log.jsonl").write_text("".join(map(log_text, lines)), encoding="utf-8")
+
+
+@pytest.mark.parametrize("write", [sft_state, logger_names, another_trainer, no_steps])
+def test_logs_of_other_trainers_are_explained_and_drawn(tmp_path: Path, write: Any):
+    write(tmp_path)
+    run = read_run(tmp_path)
+    assert list(run.history["loss"].steps) == list(range(1, 51))
+    assert run.history["learning_rate"].values[0] == 1e-4
+    page = written([run], tmp_path)
+    assert re.findall(r'<figure id="([^"]+)"', page)[:3] == ["loss", "gradient", "rate"]
+    assert "The log has no rewards" in page
+    assert verdict(run)[0] == "warning"
+
+
+def test_a_plain_trl_log_says_what_it_lacks(tmp_path: Path):
+    lines, _, _ = recorded("healthy")
+    usual = (
+        "step",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        *(
+            name
+            for name in METRICS
+            if name.startswith("rewards/")
+            and name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+        ),
+    )
+    state(tmp_path / "checkpoint-66", [{name: line[name] for name in usual if name in line} for line in lines])
+    run = read_run(tmp_path)
+    assert run.notes == [
+        "The log is another trainer's or an older one: percentiles, sources and lengths are not in it."
+    ]
+    assert verdict(run)[0] == "good"
+
+
+def test_a_logged_line_survives_its_text():
+    line = {"step": 3, "loss": 0.69314718, "grad_norm": math.nan, "rewards/margins": -1.23456789e-7, "note": "x"}
+    text = log_text(line)
+    assert text.endswith("\n")
+    back = json.loads(text)
+    assert back["rewards/margins"] == pytest.approx(line["rewards/margins"], rel=1e-5)
+    assert math.isnan(back["grad_norm"])
+    assert (back["step"], back["note"]) == (3, "x")
+
+
+# ── the page ──
+
+
+def test_the_page_has_everything_and_the_verdict_first(tmp_path: Path):
+    path = folder(tmp_path / "my run")
+    rows = [
+        {"prompt": "Q?", "policy": "Yes, gladly.", "reference": "Yes."},
+        {"prompt": [{"role": "user", "content": "Hi"}], "policy": "Hello", "reference": "Hey", "margin": 0.25},
+    ]
+    (path / SAMPLES).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    page = body(written([read_run(path)], tmp_path))
+    order = [
+        "<h1>my run",
+        "Nothing was found",
+        "95% of 64 held-out pairs",
+        "Curves",
+        'id="loss"',
+        "<h2>Data",
+        "264 rows read",
+        "<td>help_desk</td>",
+        "<h2>Answers",
+        "Yes, gladly.",
+        "user: Hi",
+        "Settings",
+        "dpo_plugin.reference.strategy",
+    ]
+    places = [page.index(text) for text in order]
+    assert places == sorted(places)
+    for panel in PANELS:
+        assert (f'<figure id="{panel.key}"' in page) == (panel.key != "entropy")  # the recorded run has no entropy
+    assert page.count("<svg ") == page.count("<figcaption>") == page.count("<button>PNG") == len(PANELS) - 1
+
+
+def test_every_chart_is_captioned_and_every_field_explained(healthy_page: str):
+    page = body(healthy_page)
+    for panel in PANELS:
+        assert len(panel.caption) > 30
+        assert panel.key == "entropy" or panel.caption.split(";")[0].replace("'", "&#x27;").replace(">", "&gt;") in page
+    metrics = MeanMetrics(METRICS)
+    metrics.update(some_pairs(30, sources=["a", "b/c"] * 15))
+    for name in {*METRICS, *metrics.result(lambda values: values)}:
+        assert explain(name).endswith("."), name
+        assert explain(f"eval_{name}").startswith("Held-out data: ")
+
+
+def test_the_page_needs_no_network(healthy_page: str):
+    page = healthy_page
+    urls = set(re.findall(r"https?://[^\"'\s)<]+", page))
+    assert urls <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert not re.search(r"<link|<img|<iframe|src=\"|@import|url\((?!#)", page)
+
+
+def test_the_page_is_for_phones_and_for_the_dark(healthy_page: str):
+    page = healthy_page
+    assert 'content="width=device-width' in page
+    assert "prefers-color-scheme: dark" in page
+    drawn = "".join(re.findall(r"<svg .*?</svg>", page, flags=re.DOTALL))
+    assert not re.findall(r"(?:stroke|fill): #(?!000000|ffffff)\w+", drawn)  # every colour is a variable of the page
+    assert "width=" not in re.search(r"<svg [^>]*>", drawn).group()
+    names = set(re.findall(r"var\((--\w+)\)", page))
+    assert all(page.count(f"{name}:#") == 2 for name in names)
+
+
+def test_findings_are_listed_and_marked_on_their_curves(tmp_path: Path):
+    run = read_run(folder(tmp_path, "diverged"))
+    page = body(written([run], tmp_path))
+    assert page.index("1 fault") < page.index("16.6 times what it was at first") < page.index('id="loss"')
+    assert page.count('<code class="write">learning_rate: 0.003</code>') == 4
+    for number, finding in enumerate(run.findings, 1):
+        figure = re.search(rf'<figure id="{MARKED_ON[finding.check]}".*?</figure>', page, flags=re.DOTALL).group()
+        assert re.search(rf"font-weight: (bold|700)[^>]*>{number}</text>", figure)
+
+
+def test_every_check_has_a_curve_to_be_marked_on():
+    assert set(MARKED_ON) == set(CHECKS)
+    assert set(MARKED_ON.values()) <= {panel.key for panel in PANELS}
+
+
+def test_another_packages_field_is_drawn_and_its_finding_marked_there_or_on_the_loss(tmp_path: Path):
+    path = folder(tmp_path, findings=[Finding("odd", "Look. Write: a: b", since=20, check="theirs").to_dict()])
+    lines = [{**line, "mine/number": 1.0 + line["step"]} for line in recorded("healthy")[0] if "loss" in line]
+    (path / LOG).write_text("".join(map(log_text, lines)), encoding="utf-8")
+    page = body(written([read_run(path)], tmp_path))
+    assert '<figure id="field-mine-number"' in page
+    assert ">1</text>" in re.search(r'<figure id="loss".*?</figure>', page, flags=re.DOTALL).group()
+
+
+def test_what_comes_from_outside_is_escaped(tmp_path: Path):
+    evil = "<script>alert(1)</script>"
+    path = folder(tmp_path / "out", findings=[Finding(evil, f"{evil} Write: {evil}", check=evil).to_dict()])
+    (path / SAMPLES).write_text(json.dumps({"prompt": evil, "policy": evil, evil: 1}) + "\n", encoding="utf-8")
+    lines = [{**line, evil: float(line["step"]), f"rewards/accuracies/{evil}": 0.5} for line in recorded("healthy")[0]]
+    (path / LOG).write_text("".join(map(log_text, lines)), encoding="utf-8")
+    run = read_run(path)
+    run.name, run.notes = evil, [evil]
+    assert evil not in written([run], tmp_path)
+    assert evil not in written([run, read_run(folder(tmp_path / "b"))], tmp_path)
+
+
+def test_several_runs_are_compared(tmp_path: Path):
+    runs = [read_run(folder(tmp_path / "a/out")), read_run(folder(tmp_path / "b/out", "diverged"))]
+    page = body(written(runs, tmp_path))
+    assert "<h1>2 runs" in page
+    assert "<th>out</th><th>out (2)</th>" in page[: page.index("Settings that differ")]
+    differ = page[page.index("Settings that differ") : page.index("<h2>Curves")]
+    assert all(text in differ for text in ("learning_rate", "0.0007", "0.03"))
+    assert "strategy" not in differ
+    figure = re.search(r'<figure id="all-loss-loss".*?</figure>', page, flags=re.DOTALL).group()
+    assert ">out</text>" in figure
+    assert ">out (2)</text>" in figure
+    each = page[page.index("<h2>Each run") :]
+    assert each.index("Nothing was found") < each.index("1 fault") < each.index("16.6 times")
+
+
+def test_a_report_of_nothing_is_an_error(tmp_path: Path):
+    with pytest.raises(DataError, match="Write: axolotl dpo report <output_dir>$"):
+        write_report([], tmp_path / "r.html")
+
+
+def test_charts_are_written_as_png(tmp_path: Path):
+    files = write_pngs(read_run(folder(tmp_path / "out")), tmp_path / "png")
+    assert {file.stem for file in files} == {panel.key for panel in PANELS if panel.key != "entropy"}
+    assert all(file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for file in files)
+
+
+# ── long histories ──
+
+
+def series(values: Any) -> Series:
+    made = Series()
+    for step, value in enumerate(values, 1):
+        made.steps.append(step)
+        made.values.append(value)
+    return made
+
+
+def test_a_long_history_keeps_its_spikes_and_its_ends():
+    draw = np.random.default_rng(0)
+    values = draw.normal(0, 0.1, 100_003)
+    values[[777, 54_321, 100_002]] = 9.0, -7.0, 5.0
+    steps, kept = thinned(series(values))
+    assert len(kept) <= 2 * BUCKETS + 2
+    assert list(steps) == sorted(set(steps))
+    assert {(778, 9.0), (54_322, -7.0), (100_003, 5.0)} <= set(zip(steps.tolist(), kept.tolist(), strict=True))
+    assert all(values[step - 1] == value for step, value in zip(steps, kept, strict=True))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 2 * BUCKETS])
+def test_a_short_history_is_kept_whole(count: int):
+    made = series(range(count))
+    assert np.array_equal(thinned(made), as_arrays(made))
+
+
+def test_the_running_mean_is_one():
+    values = np.random.default_rng(1).normal(3, 1, 3000)
+    steps, means = smoothed(series(values))
+    at = 1500
+    nearest = int(np.abs(steps - at).argmin())
+    middle = steps[nearest] - 1
+    assert means[nearest] == pytest.approx(values[middle - 50 : middle + 51].mean())
+
+
+def test_labels_of_small_numbers_keep_their_digits():
+    svg = to_svg(Chart("rate", "Learning rate", "", [Line("rate", series([2e-5 * k for k in range(1, 9)]))]))
+    assert "0.00004" in re.findall(r">([^<]+)</text>", svg)
+
+
+def test_a_report_of_100_000_logged_steps_takes_less_than_5_seconds_and_5_megabytes(tmp_path: Path):
+    train = [json.dumps(line)[1:].replace('"step"', '"was"') for line in recorded("healthy")[0] if "loss" in line]
+    evaluation = [
+        json.dumps(line)[1:].replace('"step"', '"was"') for line in recorded("healthy")[0] if "eval_loss" in line
+    ]
+    with (folder(tmp_path) / LOG).open("w", encoding="utf-8") as file:
+        for step in range(1, 100_001):
+            file.write(f'{{"step": {step}, {train[(step - 1) * len(train) // 100_000]}\n')
+            if step % 10_000 == 0:
+                file.write(f'{{"step": {step}, {evaluation[step % 3]}\n')
+    started = time.process_time()
+    page = write_report([read_run(tmp_path)], tmp_path / "report.html")
+    assert time.process_time() - started < 5  # of this process; the machine may be busy with others
+    assert page.stat().st_size < 5e6
+    assert "<b>100,000</b>" in page.read_text(encoding="utf-8")
+
+
+def test_a_single_logged_line_is_drawn(tmp_path: Path):
+    (tmp_path / LOG).write_text(log_text({"step": 1, "loss": 0.6931, "rewards/margins": 0.0}), encoding="utf-8")
+    assert '<figure id="loss"' in written([read_run(tmp_path)], tmp_path)
+
+
+def test_nothing_but_not_a_number_is_said_and_does_not_break_the_page(tmp_path: Path):
+    lines = [
+        {"step": step, "loss": math.nan, "grad_norm": math.nan, "rewards/margins": math.nan} for step in range(1, 9)
+    ]
+    (tmp_path / LOG).write_text("".join(map(log_text, lines)), encoding="utf-8")
+    run = read_run(tmp_path)
+    assert [finding.check for finding in run.findings] == ["not_finite"]
+    assert "NaN" in body(written([run], tmp_path))
+
+
+def test_reading_needs_no_torch_model_and_no_host():
+    assert torch is not None  # metrics do, runs do not
+    import subprocess
+    import sys
+
+    code = "import sys, dpo_plugin.monitor.report; print(*[m for m in ('torch', 'axolotl', 'trl', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
