@@ -96,6 +96,7 @@ def main() -> int:
     }
     for promise, kept in promised.items():
         console.print(f"{'yes' if kept else 'NO '}  {promise}")
+    console.print(f"Report of the run, to open in a browser: {(arguments.dpo / 'report.html').resolve()}")
     return 0 if all(promised.values()) else 1
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dpo_plugin.errors import AdapterError, ConfigError, DataError, DPOPluginError
+from dpo_plugin.host import plan
 from tests.support import host, tiny
 from tests.support.tiny import chat_row, dpo_config, write_rows
 
@@ -83,6 +84,19 @@ def prepare(config, folder):
             ConfigError,
             "`deepspeed` and `fsdp_config` are both set.*Remove one",
         ),
+        (
+            {"fsdp_config": {"use_orig_params": True}},
+            ConfigError,
+            "`fsdp_config` without `fsdp_version: 2` is FSDP1.*Write: fsdp_version: 2",
+        ),
+        (
+            {
+                **{"adapter": "qlora", "load_in_4bit": True, "fsdp_version": 2},
+                "fsdp_config": {"cpu_ram_efficient_loading": True},
+            },
+            ConfigError,
+            "`fsdp_config.cpu_ram_efficient_loading: true`.*Write: cpu_ram_efficient_loading: false",
+        ),
         ({"deepspeed": "zero9.json"}, ConfigError, "`deepspeed: zero9.json` does not exist. Write: deepspeed:"),
         ({"deepspeed": "pyproject.toml"}, ConfigError, "`deepspeed: pyproject.toml` is no JSON"),
         (
@@ -116,6 +130,24 @@ def prepare(config, folder):
 def test_a_bad_config(base_dir, tmp_path, change, error, says):
     with pytest.raises(error, match=says):
         host.load_config(dpo_config(base_dir, tmp_path / "out", **change), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("engine", "key"),
+    [
+        ({"deepspeed": "deepspeed_configs/zero3_bf16_offload.json"}, "deepspeed"),
+        ({"fsdp_version": 2, "fsdp_config": {"offload_params": True}}, "fsdp_config.offload_params"),
+    ],
+)
+def test_offload_to_a_host_without_memory(engine, key, base_dir, sft_dir, tmp_path, monkeypatch):
+    config = dpo_config(base_dir, tmp_path / "out", lora_model_dir=str(sft_dir), bf16=True, **engine)
+    monkeypatch.setattr(plan, "memory_here", lambda: plan.GIB)
+    with pytest.raises(ConfigError, match=rf"`{key}` moves what it can to the host, which takes 2\.\d+ GiB.* has 1"):
+        plan.check_host_memory(config, "this config")
+    with pytest.raises(ConfigError, match=f"`{key}` moves"):
+        host.load_config(config, tmp_path)
+    monkeypatch.setattr(plan, "memory_here", lambda: 8 * plan.GIB)
+    plan.check_host_memory(config, "this config")
 
 
 def test_an_adapter_folder_without_config(base_dir, sft_dir, tmp_path):

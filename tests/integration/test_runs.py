@@ -39,6 +39,25 @@ def test_the_fields_that_users_know_and_one_of_ours_are_logged(run):
     assert not [name for name in [*KNOWN, "logratios/margin_per_token"] if name not in run.lines[-1]]
 
 
+def test_the_adapters_travel_is_logged(run):
+    travelled = [line["adapter/distance"] for line in run.lines]
+    assert travelled == sorted(travelled)
+    assert run.lines[0]["adapter/update_norm"] == pytest.approx(travelled[0], rel=1e-4)
+    model = run.trainer.model
+    ours, theirs = adapter_tensors(model, POLICY), adapter_tensors(model, REFERENCE)
+    expected = sum((ours[key].float() - theirs[key].float()).square().sum() for key in ours) ** 0.5
+    assert travelled[-1] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_logging_step_prints_one_short_line_and_no_bar_without_a_terminal(base_dir, sft_dir, tmp_path, capfd):
+    host.train(dpo_config(base_dir, tmp_path / "out", lora_model_dir=str(sft_dir), max_steps=2), tmp_path)
+    printed = capfd.readouterr()
+    assert "step 1/2  loss 0.6931  accuracy 0.00  margin +0.000" in printed.out
+    assert "2 steps in " in printed.out
+    assert "'loss'" not in printed.out
+    assert "step/s" not in printed.err
+
+
 def test_the_policy_started_from_the_sft_adapter_and_has_moved(run, sft_dir):
     model = run.trainer.model
     assert isinstance(model, PolicyReferenceModel)

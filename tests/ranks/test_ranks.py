@@ -8,80 +8,14 @@ import math
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from peft.utils.save_and_load import load_peft_weights
 from transformers import AutoModelForCausalLM
 
-from tests.support import tiny
+from tests.ranks.shipped import ENGINES, STEPS, config, curve
 from tests.support.cpu_ranks import launch
-from tests.support.tiny import ROOT
 
-STEPS = 8
-ENGINES = {
-    "ddp-nf4": ("qwen72b-dpo", {"deepspeed": None}),
-    "zero3-nf4": ("qwen72b-dpo", {}),
-    "fsdp2-nf4": ("qwen72b-dpo-fsdp", {}),
-    "fsdp2-bf16": ("qwen72b-dpo-fsdp", {"load_in_4bit": False, "adapter": "lora", "bnb_config_kwargs": None}),
-}
 PACKS = {"compute": {"max_tokens": 420}}
-
-
-@pytest.fixture(scope="module")
-def sft(base_dir, tmp_path_factory):
-    return tiny.save_adapter(base_dir, tmp_path_factory.mktemp("sft16"), r=16, lora_alpha=16)
-
-
-def config(name, base_dir, sft, folder, **settings):
-    recipe, engine = ENGINES[name]
-    shipped = yaml.safe_load((ROOT / f"recipes/{recipe}.yaml").read_text(encoding="utf-8"))
-    data = {"ds_type": "json", "type": "dpo_plugin.chat", "split": "train"}
-    sizes = {
-        "base_model": str(base_dir),
-        "lora_model_dir": str(sft),
-        "output_dir": str(folder / "out"),
-        "datasets": [{**data, "path": str(ROOT / "recipes/data/preferences.jsonl")}],
-        "test_datasets": [{**data, "path": str(ROOT / "recipes/data/preferences_heldout.jsonl")}],
-        "val_set_size": None,
-        "dataset_prepared_path": str(folder.parent / "prepared"),
-        "sequence_len": 256,
-        "max_steps": STEPS,
-        "micro_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 2e-4,
-        "warmup_ratio": None,
-        "lr_scheduler": "constant",
-        "eval_steps": STEPS,
-        "save_steps": STEPS // 2,
-        "tf32": False,
-        "lora_mlp_kernel": False,  # these kernels need a GPU
-        "lora_qkv_kernel": False,
-        "lora_o_kernel": False,
-        "dataset_num_proc": 1,
-    }
-    return {key: value for key, value in {**shipped, **engine, **sizes, **settings}.items() if value is not None}
-
-
-@pytest.fixture(scope="module")
-def alone(base_dir, sft, tmp_path_factory):
-    """One process with the same global batch, in 4 bit and in bf16."""
-    found = {}
-
-    def run(name):
-        precision = name.split("-")[1]
-        if precision not in found:
-            folder = tmp_path_factory.mktemp(f"alone-{precision}")
-            engine = {"deepspeed": None, "fsdp_version": None, "fsdp_config": None}
-            like = "ddp-nf4" if precision == "nf4" else "fsdp2-bf16"
-            found[precision] = launch(
-                config(like, base_dir, sft, folder, **engine, micro_batch_size=4, save_strategy="no", save_steps=None),
-                folder,
-                ranks=1,
-            )
-            assert found[precision].returncode == 0, found[precision].last_error()
-        return found[precision]
-
-    return run
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -93,12 +27,8 @@ def name(request):
 def run(name, base_dir, sft, tmp_path_factory):
     folder = tmp_path_factory.mktemp(name)
     done = launch(config(name, base_dir, sft, folder), folder)
-    assert done.returncode == 0, done.last_error()
+    assert done.returncode == 0, done.error()
     return done
-
-
-def curve(lines):
-    return torch.tensor([[line["loss"], line["rewards/margins"]] for line in lines])
 
 
 def test_two_ranks_print_the_curve_of_one_process(name, run, alone):
@@ -121,6 +51,13 @@ def test_figures_by_source_and_evaluation_are_those_of_one_process(name, run, al
     for line, of_one in zip(run.lines, alone(name).lines, strict=True):
         counts = {field: value for field, value in of_one.items() if field.startswith("rewards/count")}
         assert {field: line.get(field) for field in counts} == counts
+
+
+def test_the_adapters_travel_is_that_of_one_process(name, run, alone):
+    for field in ("adapter/distance", "adapter/update_norm"):
+        assert [line[field] for line in run.lines] == pytest.approx(
+            [line[field] for line in alone(name).lines], rel=0.05
+        )
 
 
 def test_what_is_saved_is_the_policy_adapter_with_pefts_keys(name, run, base_dir, sft):
@@ -149,7 +86,7 @@ def test_a_resumed_run_in_packs_with_a_kept_reference_goes_on_along_the_curve(
         "save_steps": None,
     }
     resumed = launch(config(name, base_dir, sft, tmp_path, **settings), tmp_path)
-    assert resumed.returncode == 0, resumed.last_error()
+    assert resumed.returncode == 0, resumed.error()
     assert [line["step"] for line in resumed.lines] == list(range(1, STEPS + 1))
     difference = (curve(resumed.lines) - curve(alone(name).lines)).abs().max()
     print(f"\n{name}: max difference after resume in packs {difference:.1e}")

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from dpo_plugin.host.distributed import gathered, whole, whole_policy
-from dpo_plugin.model.adapters import adapter_tensors
+from dpo_plugin.model.adapters import PolicyReferenceModel, adapter_tensors
 from tests.support.tiny import ROOT
 
 PLUGINS = ["tests.support.cpu_ranks.CPURanks", "dpo_plugin.DPOPlugin"]
@@ -46,7 +46,7 @@ class CPURanks(BasePlugin):
         keep_nf4_as_it_is()
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        return [Recorder(trainer)]
+        return [Recorder(trainer)] if isinstance(trainer.model, PolicyReferenceModel) else []
 
 
 def patch_accelerate(deepspeed: bool, fsdp: bool) -> None:
@@ -217,33 +217,62 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def torchrun(file: Path, ranks: int) -> list[str]:
+    """axolotl's own way to several processes."""
+    rendezvous = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    return [
+        tool("axolotl"),
+        "train",
+        str(file),
+        "--launcher",
+        "torchrun",
+        "--",
+        "--nproc_per_node",
+        str(ranks),
+        *rendezvous,
+    ]
+
+
+def tool(name: str) -> str:
+    """A command of this Python's environment."""
+    return str(Path(sys.executable).with_name(name))
+
+
 def launch(
     config: dict[str, Any],
     folder: Path,
     ranks: int = 2,
     timeout: float = 300,
     more_plugins: tuple[str, ...] = (),
+    plugins: list[str] = PLUGINS,
+    command: Callable[[Path, int], list[str]] = torchrun,
     **engine_env: str,
 ) -> RankRun:
-    """Run ``axolotl train`` with gloo ranks of one thread each, and wait for it."""
+    """Train with gloo ranks of one thread each, and wait for it."""
+    file = write_config({**config, "plugins": [*plugins, *more_plugins]}, folder)
+    environment = {**clean_environment(bool(config.get("deepspeed"))), **engine_env}
+    return RankRun(Path(config["output_dir"]), *run_group(command(file, ranks), environment, timeout))
+
+
+def write_config(config: dict[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.yaml"
-    file.write_text(yaml.safe_dump({**config, "plugins": [*PLUGINS, *more_plugins]}), encoding="utf-8")
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))},
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return file
+
+
+def clean_environment(deepspeed: bool) -> dict[str, str]:
+    """This process's environment without what another launcher left in it, for ranks of one thread."""
+    launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    left = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_")) and k not in launchers}
+    return {
+        **left,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [left.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
         "AXOLOTL_DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
-        **({"DS_ACCELERATOR": "cpu"} if config.get("deepspeed") else {}),
-        **engine_env,
+        **({"DS_ACCELERATOR": "cpu"} if deepspeed else {}),
     }
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    axolotl = str(Path(sys.executable).with_name("axolotl"))
-    torchrun = ["--nproc_per_node", str(ranks), "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    command = [axolotl, "train", str(file), "--launcher", "torchrun", "--", *torchrun]
-    return RankRun(Path(config["output_dir"]), *run_group(command, environment, timeout))
 
 
 def run_group(command: list[str], environment: dict[str, str], timeout: float) -> tuple[int, str]:

@@ -15,24 +15,16 @@ from peft import LoraConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_plugin.compute import attention, memory
+from dpo_plugin.compute import attention, sharding
 from dpo_plugin.compute.checkpointing import saved_bytes_per_token
-from dpo_plugin.compute.memory import LiveBytes, Model, Run, Sizes, Step, Zero3
+from dpo_plugin.compute.memory import LiveBytes, Model, Sizes, Step
+from dpo_plugin.compute.sharding import Run, Zero3
 from dpo_plugin.errors import ConfigError, UnknownNameError
 from dpo_plugin.host.cli import dpo
-from dpo_plugin.host.plan import (
-    CONTEXT,
-    GIB,
-    SHIPPED,
-    SHIPPED_ZERO3,
-    Machine,
-    Planner,
-    adapter_configs,
-    check,
-    make_plan,
-    plan_report,
-    zero3_settings,
-)
+from dpo_plugin.host.parallel import SHIPPED
+from dpo_plugin.host.plan import CONTEXT, GIB, Machine, Planner, make_plan
+from dpo_plugin.host.plan_config import SHIPPED_ZERO3, adapter_configs, check, zero3_settings
+from dpo_plugin.host.plan_report import plan_report
 from dpo_plugin.model.adapters import POLICY, REFERENCE
 from tests.support.tiny import PROJECTIONS, ROOT
 
@@ -84,8 +76,8 @@ def test_the_72b_shape_has_the_published_number_of_trainable_parameters():
     assert sum(sizes.other) == 2 * 152064 * 8192 + 161 * 8192 + 80 * 10240
     assert (sizes.layers, sizes.layer_class) == (80, "Qwen2DecoderLayer")
     assert sizes.layer_linear * 80 == sum(sizes.linear)
-    assert memory.linear_bytes(sizes, QLORA) == (35_106_324_480, 1_097_072_640 + 17_141_760)
-    assert memory.linear_bytes(sizes, replace(QLORA, double_quant=False))[1] == 4 * 1_097_072_640
+    assert sharding.linear_bytes(sizes, QLORA) == (35_106_324_480, 1_097_072_640 + 17_141_760)
+    assert sharding.linear_bytes(sizes, replace(QLORA, double_quant=False))[1] == 4 * 1_097_072_640
 
 
 def test_a_tied_head_is_counted_once():
@@ -174,7 +166,7 @@ def test_ddp_by_hand():
     Others 4000 · 2. Policy 1024 and reference 512 values of 4 bytes; gradients 1024 · 4, AdamW 1024 · 8; with more than
     one rank DDP's buckets 1024 · 4. Loading: quantising holds 65536 · 2 in full, more than the others in fp32 would add.
     """
-    held = memory.ddp(HAND, QLORA)
+    held = sharding.ddp(HAND, QLORA)
     assert held.parts == {
         "base weights": 65536 + 2080 + 8000,
         "reference model": 0,
@@ -185,7 +177,7 @@ def test_ddp_by_hand():
         "weight in full": 131072,
     }
     assert held.load == 75616 + 131072
-    assert memory.ddp(HAND, replace(QLORA, ranks=1)).parts["communication"] == 0
+    assert sharding.ddp(HAND, replace(QLORA, ranks=1)).parts["communication"] == 0
 
 
 def test_zero3_by_hand():
@@ -197,7 +189,7 @@ def test_zero3_by_hand():
     bucket of 200 values and its copy.
     """
     zero = Zero3(persistence=1000, prefetch=100, bucket=200, live=10_000, reuse=10_000, sub_group=100)
-    held = memory.zero3(HAND, QLORA, zero)
+    held = sharding.zero3(HAND, QLORA, zero)
     assert held.parts == {
         "base weights": 18384 + 2000 + 2080,
         "reference model": 0,
@@ -208,30 +200,30 @@ def test_zero3_by_hand():
         "communication": 2 * 16484 + 2 * 400,
         "weight in full": 131072,
     }
-    assert held.load == memory.ddp(HAND, QLORA).load, "transformers loads quantised models whole on every rank"
+    assert held.load == sharding.ddp(HAND, QLORA).load, "transformers loads quantised models whole on every rank"
     assert held.host == 0
 
 
 def test_offload_moves_partitions_to_the_host():
     """Of each of 4 ranks: 18384 of the base, 768 of adapters; master 1024, gradients 912, AdamW 2048."""
     zero = Zero3(persistence=1000, sub_group=100, offload_parameters=True, offload_optimizer=True)
-    held = memory.zero3(HAND, QLORA, zero)
+    held = sharding.zero3(HAND, QLORA, zero)
     assert held.host == 4 * (18384 + 768 + 1024 + 912 + 2048)
     assert held.parts["base weights"] == 2000 + 2080
     assert held.parts["optimizer"] == held.parts["gradients"] == held.parts["master weights"] == 0
-    assert held.load == memory.ddp(HAND, QLORA).load, "offload does not help while loading"
+    assert held.load == sharding.ddp(HAND, QLORA).load, "offload does not help while loading"
 
 
 def test_zero3_partitions_a_model_that_is_not_quantised_while_it_loads():
     """131072 + 4000 values of 2 bytes over 4 ranks, one weight gathered twice, adapters in fp32."""
-    assert memory.zero3(HAND, Run(ranks=4), Zero3()).load == 67536 + 2 * 2 * 65536 + 4 * 1536
+    assert sharding.zero3(HAND, Run(ranks=4), Zero3()).load == 67536 + 2 * 2 * 65536 + 4 * 1536
 
 
 def test_fsdp2_by_hand():
     """A quarter of 65536 + 8000 bytes, and 2080 whole. In no layer: 3000 values; a layer: half of the packed weights,
     500 values and half of the reference adapter, 256 values of 2 bytes; three layers at once.
     """
-    held = memory.fsdp2(HAND, QLORA, offload=False, one_rank_loads=False)
+    held = sharding.fsdp2(HAND, QLORA, offload=False, one_rank_loads=False)
     assert held.parts == {
         "base weights": 18384 + 2080,
         "reference model": 0,
@@ -242,20 +234,20 @@ def test_fsdp2_by_hand():
         "weight in full": 131072,
     }
     assert held.load == 75616 + 131072
-    moved = memory.fsdp2(HAND, QLORA, offload=True, one_rank_loads=False)
+    moved = sharding.fsdp2(HAND, QLORA, offload=True, one_rank_loads=False)
     assert moved.parts["base weights"] == 2080
     assert moved.host == 73536 + 4096 + 1024 + 4 * (1024 + 2048)
 
 
 def test_fsdp2_without_quantisation_reads_once_or_on_every_rank():
-    once, everywhere = (memory.fsdp2(HAND, Run(ranks=4), False, loads).host for loads in (True, False))
+    once, everywhere = (sharding.fsdp2(HAND, Run(ranks=4), False, loads).host for loads in (True, False))
     assert (once, everywhere) == (270144, 4 * 270144)
 
 
 def test_full_fine_tuning_holds_a_second_model():
     """bf16: 131072 · 2, and 4000 values that axolotl leaves in fp32; AdamW twice the weights' bytes."""
     full = replace(HAND, policy=(), reference=())
-    held = memory.ddp(full, Run(ranks=1, stays_fp32=True, second_model=True))
+    held = sharding.ddp(full, Run(ranks=1, stays_fp32=True, second_model=True))
     weights = 262144 + 16000
     assert [held.parts[part] for part in ("base weights", "reference model", "gradients")] == [weights] * 3
     assert held.parts["optimizer"] == 2 * weights
@@ -264,7 +256,7 @@ def test_full_fine_tuning_holds_a_second_model():
 
 def test_eight_bit_optimizer_states():
     run = replace(QLORA, moments=2.03125)
-    assert memory.ddp(HAND, run).parts["optimizer"] == 2080
+    assert sharding.ddp(HAND, run).parts["optimizer"] == 2080
 
 
 # ── the command ──
@@ -375,7 +367,7 @@ def test_another_engines_lines_are_yaml_that_is_planned_as_that_engine(tmp_path)
     made = planner(tmp_path)
     found = made.verdict("fsdp2")
     lines = yaml.safe_load("\n".join(found["recipe"]))
-    assert lines["fsdp_version"] == "2"
+    assert lines["fsdp_version"] == 2
     assert lines["fsdp_config"]["transformer_layer_cls_to_wrap"] == "Qwen2DecoderLayer"
     again = planner(tmp_path, **lines)
     assert again.used == "fsdp2"
@@ -424,7 +416,7 @@ WRONG = [
     ({"deepspeed": "zero", "fsdp_config": {"version": 2}}, "`deepspeed` and `fsdp_config` are both set"),
     ({"deepspeed": "zero", "adapter": "lora", "load_in_4bit": False, "load_in_8bit": True}, "load_in_8bit"),
     ({"deepspeed": "missing.json"}, "missing.json` does not exist"),
-    ({"deepspeed": "config.yaml"}, "is not JSON"),
+    ({"deepspeed": "config.yaml"}, "is no JSON"),
     ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "stage 2"),
     ({"fsdp_config": {"offload_params": False}}, "fsdp_version"),
     ({"fsdp_version": 2, "fsdp_config": {"cpu_ram_efficient_loading": True}}, "cpu_ram_efficient_loading: false"),

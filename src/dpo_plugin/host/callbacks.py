@@ -25,6 +25,8 @@ class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """See that ranks agree; with ``precompute_ref_log_probs``, run the reference over all rows not kept yet."""
         check_ranks_agree(facts_of(self.trainer))
+        self.trainer.travelled()
+        self.trainer.remember_start(state.log_history)
         if not args.precompute_ref_log_probs or self.trainer.reference.store is None:
             return
         evaluation = self.trainer.eval_dataset
@@ -40,7 +42,12 @@ class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
     def _fill(self, data: Any) -> None:
         trainer = self.trainer
         loader = trainer.get_eval_dataloader(data)
-        bar = tqdm(loader, desc="Reference log-probs", unit="batch", disable=not trainer.accelerator.is_main_process)
+        bar = tqdm(
+            loader,
+            desc="Reference log-probs",
+            unit="batch",
+            disable=True if not trainer.accelerator.is_main_process else None,
+        )
         for inputs in bar:
             trainer.reference_logps(trainer.model_wrapped, trainer._prepare_inputs(inputs))
 

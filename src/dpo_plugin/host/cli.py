@@ -147,7 +147,8 @@ def compare(config: str, prompts: str | None, checkpoint: str | None, as_json: b
 @explained
 def plan(config: str, gpus: int, gpu_memory: float, host_memory: float | None, as_json: bool) -> Any:
     """Say what CONFIG needs per GPU with each engine, and what to write; reads no weights and needs no GPU."""
-    from dpo_plugin.host.plan import make_plan, plan_report
+    from dpo_plugin.host.plan import make_plan
+    from dpo_plugin.host.plan_report import plan_report
 
     made = make_plan(config, gpus, gpu_memory, host_memory)
     return made if as_json else plan_report(made)

@@ -5,7 +5,6 @@ Each function names the fault that it works around; tests/ranks/test_ranks.py ho
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -24,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import pad
 
 from dpo_plugin.errors import CheckpointError, ConfigError
+from dpo_plugin.host.parallel import fsdp_version, read_deepspeed
 from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel, adapter_digest
 from dpo_plugin.model.references import EmaReference, ReferenceStrategy
 
@@ -42,9 +42,8 @@ def accept_fsdp2_with_nf4(cfg: Any) -> None:
     Args:
         cfg: The raw config; its ``fsdp_version`` is changed for exactly this combination.
     """
-    nested = cfg.get("fsdp_config") or {}
-    version = cfg.get("fsdp_version") or nested.get("fsdp_version")
-    if version == 2 and cfg.get("load_in_4bit") and cfg.get("adapter") == "qlora":
+    sharded = cfg.get("fsdp_config") and fsdp_version(cfg) == 2
+    if sharded and cfg.get("load_in_4bit") and cfg.get("adapter") == "qlora":
         cfg["fsdp_version"] = "2"
 
 
@@ -65,11 +64,8 @@ def refuse_moving_reference(cfg: Any, strategy: type[ReferenceStrategy]) -> None
 def _engine_that_shards(cfg: Any) -> str | None:
     if cfg.get("fsdp_config") or cfg.get("fsdp"):
         return "FSDP"
-    deepspeed = cfg.get("deepspeed")
-    if isinstance(deepspeed, str) and Path(deepspeed).is_file():
-        deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
-    stage = (deepspeed.get("zero_optimization") or {}).get("stage") if isinstance(deepspeed, Mapping) else None
-    return "ZeRO-3" if stage == 3 else None
+    deepspeed = read_deepspeed(cfg["deepspeed"]) if cfg.get("deepspeed") else {}
+    return "ZeRO-3" if (deepspeed.get("zero_optimization") or {}).get("stage") == 3 else None
 
 
 # ── before the model is sharded ──

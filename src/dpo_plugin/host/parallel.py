@@ -12,6 +12,9 @@ import torch
 
 from dpo_plugin.errors import ConfigError
 
+SHIPPED = "deepspeed_configs/zero3_bf16.json"
+"""The ZeRO-3 settings that messages propose."""
+
 
 def check_parallel(cfg: Mapping[str, Any]) -> None:
     """Check the raw config's ``deepspeed``, ``fsdp_config`` and number of processes.
@@ -27,6 +30,37 @@ def check_parallel(cfg: Mapping[str, Any]) -> None:
     _check_devices()
     if cfg.get("deepspeed"):
         _check_deepspeed(cfg, read_deepspeed(cfg["deepspeed"]))
+    if cfg.get("fsdp_config") or cfg.get("fsdp"):
+        check_fsdp(cfg)
+
+
+def fsdp_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """``fsdp_config`` with its keys' old prefix taken off, as axolotl does."""
+    return {key.removeprefix("fsdp_"): value for key, value in (cfg.get("fsdp_config") or {}).items()}
+
+
+def fsdp_version(cfg: Mapping[str, Any]) -> int:
+    """1 or 2, from wherever axolotl reads it; its default is 1 (utils/schemas/validation.py:1216)."""
+    return int(cfg.get("fsdp_version") or fsdp_config(cfg).get("version") or 1)
+
+
+def check_fsdp(cfg: Mapping[str, Any]) -> None:
+    """Check the combination of FSDP's settings.
+
+    Raises:
+        ConfigError: For FSDP1, and for what axolotl refuses later on.
+    """
+    if fsdp_version(cfg) != 2:
+        raise ConfigError(
+            "`fsdp_config` without `fsdp_version: 2` is FSDP1, which flattens both adapters and the base into one "
+            "tensor per layer and does not save an adapter from it; axolotl 0.19 has deprecated it. "
+            "Write: fsdp_version: 2, and fsdp_config as in recipes/qwen72b-dpo-fsdp.yaml"
+        )
+    if cfg.get("load_in_4bit") and fsdp_config(cfg).get("cpu_ram_efficient_loading"):
+        raise ConfigError(
+            "`fsdp_config.cpu_ram_efficient_loading: true` is refused by axolotl with load_in_4bit: one rank would "
+            "quantise what the others hold in full. Write: cpu_ram_efficient_loading: false"
+        )
 
 
 def read_deepspeed(setting: Any) -> Mapping[str, Any]:
@@ -39,14 +73,31 @@ def read_deepspeed(setting: Any) -> Mapping[str, Any]:
         return setting
     file = Path(str(setting))
     if not file.is_file():
-        raise ConfigError(f"`deepspeed: {setting}` does not exist. Write: deepspeed: deepspeed_configs/zero3_bf16.json")
+        raise ConfigError(f"`deepspeed: {setting}` does not exist. Write: deepspeed: {SHIPPED}")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"`deepspeed: {setting}` is no JSON: {error}. Mend the file") from error
+        raise ConfigError(f"`deepspeed: {setting}` is no JSON: {error}. Write: deepspeed: {SHIPPED}") from error
     if not isinstance(found, Mapping):
-        raise ConfigError(f"`deepspeed: {setting}` is a {type(found).__name__}, not a JSON object. Mend the file")
+        raise ConfigError(
+            f"`deepspeed: {setting}` is a {type(found).__name__}, not a JSON object. Write: deepspeed: {SHIPPED}"
+        )
     return found
+
+
+def offloads_to_host(cfg: Mapping[str, Any]) -> bool:
+    """Whether ZeRO-3 or FSDP2 is asked to move weights or optimizer states to the host."""
+    if not cfg.get("deepspeed"):
+        return bool(fsdp_config(cfg).get("offload_params"))
+    zero = read_deepspeed(cfg["deepspeed"]).get("zero_optimization")
+    return isinstance(zero, Mapping) and zero.get("stage") == 3 and any(offloads(zero).values())
+
+
+def offloads(zero: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether a ``zero_optimization`` moves parameters and optimizer states to the host."""
+    keys = {"offload_parameters": "offload_param", "offload_optimizer": "offload_optimizer"}
+    sections = {name: zero.get(key) or {} for name, key in keys.items()}
+    return {name: (section.get("device") or "none") != "none" for name, section in sections.items()}
 
 
 def _check_devices() -> None:

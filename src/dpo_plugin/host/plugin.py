@@ -15,6 +15,7 @@ from dpo_plugin.host import datasets as host_datasets
 from dpo_plugin.host.command import intended_rl, running_command, use_trained_adapter
 from dpo_plugin.host.distributed import accept_fsdp2_with_nf4, reference_digest, refuse_moving_reference
 from dpo_plugin.host.log import LOG
+from dpo_plugin.host.parallel import offloads_to_host
 from dpo_plugin.host.settings import RunSettings, read_settings
 from dpo_plugin.model.adapters import AdapterFolder, PolicyReferenceModel
 
@@ -66,6 +67,10 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         refuse_moving_reference(cfg, self.settings.strategy)
         if command == "evaluate":
             self.settings = settings_for_evaluation(cfg, self.settings)
+        if offloads_to_host(cfg):
+            from dpo_plugin.host.plan import check_host_memory
+
+            check_host_memory(cfg, "this config")
         accept_fsdp2_with_nf4(cfg)
         cfg["trainer_cls"] = TRAINER
 
@@ -74,11 +79,16 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         return "dpo_plugin.config.DPOPluginArgs"
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
-        """Keys of the YAML that axolotl 0.19 passes on for SFT alone (core/builders/causal.py:218,248)."""
+        """Keys of the YAML that axolotl 0.19 passes on for SFT alone (core/builders/causal.py:218,248).
+
+        And a loss that is NaN is logged as it is: transformers replaces it by the mean of the others, and asks the
+        device for it in every micro-step (trainer.py, ``logging_nan_inf_filter``).
+        """
         if self.settings is None:
             return {}
         keys = ("metric_for_best_model", "greater_is_better", "load_best_model_at_end")
         found = {key: cfg[key] for key in keys if cfg.get(key) is not None}
+        found["logging_nan_inf_filter"] = False
         return {**found, "load_best_model_at_end": True} if cfg.early_stopping_patience else found
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:

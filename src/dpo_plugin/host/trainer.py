@@ -14,7 +14,7 @@ from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import PluginManager
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from dpo_plugin.compute.batching import find_row, to_pair_batch
 from dpo_plugin.compute.logps import ForwardOptions, pair_logps, run_model, total_loss
@@ -35,8 +35,10 @@ from dpo_plugin.host.engine import (
 from dpo_plugin.host.health import HealthCallback
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.plugin import DPOPlugin
+from dpo_plugin.host.progress import Progress
 from dpo_plugin.host.samples import SamplesCallback
 from dpo_plugin.host.store import open_store
+from dpo_plugin.host.travel import Travel
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel, attach
 from dpo_plugin.model.references import KeptReference
 from dpo_plugin.monitor.metrics import MeanMetrics
@@ -72,12 +74,14 @@ class PreferenceTrainer(OnAnyEngine, AxolotlDPOTrainer):  # type: ignore[misc]
             set_seed(kwargs["args"].seed)  # a fresh LoRA is the same on all ranks, however much each has drawn before
             model = attach(base, adapter, self._settings.reference)
             model.name_base(str(model.config.name_or_path), PluginManager.get_instance().cfg.revision_of_model)
+        self._travel: Travel | None = None
         flat = shares_prefixes(self._settings, base)
         prepare_models(flat, base, ref_model)
         kwargs["data_collator"] = make_collator(self._settings, kwargs, flat)
         super().__init__(*self._for_trl(model, ref_model), **kwargs)
         if isinstance(model, PolicyReferenceModel):
             model.train_only_policy()
+            self._travel = Travel(model, moving=not self._settings.strategy.fixed)
             save_policy_instead_of_base(base, model)
         self._be_ready_for_engine()
         self._set_up_losses()
@@ -86,6 +90,9 @@ class PreferenceTrainer(OnAnyEngine, AxolotlDPOTrainer):  # type: ignore[misc]
         self.reference = KeptReference(strategy, store, self._on_any_rank)
         check_lengths(self.data_collator, named_datasets(self))
         self.add_callback(ReferenceCallback(self))
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        self.add_callback(Progress(bars=not self.args.disable_tqdm))
         if (samples := self._settings.config.samples) is not None:
             self.add_callback(SamplesCallback(self, samples))
         wanted = self._settings.config.compute.checkpoint_layers
@@ -300,9 +307,23 @@ class PreferenceTrainer(OnAnyEngine, AxolotlDPOTrainer):  # type: ignore[misc]
         prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
         found = self._means[mode].result(self._sum, self.accelerator.gather, self._everyones)
         if mode == "train" and found:
-            found |= self._pace.result(self._sum, self.accelerator.device)
+            found |= self.travelled() | self._pace.result(self._sum, self.accelerator.device)
         logs.update({f"{prefix}{name}": value for name, value in found.items()})
         super().log(logs, start_time)
+
+    def travelled(self) -> dict[str, float]:
+        """How far the policy adapter has gone from the reference, and since the last call; every rank must call it."""
+        if self._travel is None:
+            return {}
+        return self._travel.figures(self.model, self._sum, self.accelerator.process_index)
+
+    def remember_start(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Let a resumed run measure displacement from the log-probs per token that its first line had."""
+        names = ("logps/chosen_per_token", "logps/rejected_per_token")
+        for mode, prefix in (("train", ""), ("eval", "eval_")):
+            start = next((line for line in lines if all(prefix + name in line for name in names)), None)
+            if start is not None:
+                self._means[mode].start = (start[prefix + names[0]], start[prefix + names[1]])
 
     def _sum(self, values: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")

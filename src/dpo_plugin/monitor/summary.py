@@ -1,0 +1,50 @@
+"""A log line for the eye: what a person wants to see at each logging step, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "rewards/accuracies": "accuracy {:.2f}",
+    "rewards/margins": "margin {:+.3f}",
+    "rewards/chosen": "chosen {:+.3f}",
+    "rewards/rejected": "rejected {:+.3f}",
+    "grad_norm": "grad {:.3g}",
+    "learning_rate": "lr {:.1e}",
+    "speed/pairs_per_second": "{:.3g} pairs/s",
+    "samples_per_second": "{:.3g} pairs/s",
+}
+"""Field → how it is shown; one that a line lacks is left out."""
+
+
+def summary(line: Mapping[str, Any], step: int, steps: int) -> str:
+    """One short line for a line of the log.
+
+    Args:
+        line: Fields of a training step, of an evaluation, or of the end of a run.
+        step: The step.
+        steps: How many are planned.
+
+    Returns:
+        A line without a newline; empty if there is nothing in it that is shown.
+    """
+    if "train_runtime" in line:
+        pairs = f", {line['train_samples_per_second']:.3g} pairs/s" if "train_samples_per_second" in line else ""
+        return f"{step} steps in {duration(line['train_runtime'])}{pairs}"
+    prefix = next(
+        (name.removesuffix("loss") for name in line if name.startswith("eval_") and name.endswith("loss")), ""
+    )
+    shown = [text.format(line[prefix + name]) for name, text in SHOWN.items() if prefix + name in line]
+    if not shown:
+        return ""
+    held_out = [prefix.replace("eval", "held-out", 1).rstrip("_")] if prefix else []
+    return "  ".join([f"step {step:>{len(str(steps))}}/{steps}", *held_out, *shown])
+
+
+def duration(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -1,0 +1,66 @@
+"""A micro-step gathers parameters no more often than stock axolotl's and TRL's."""
+
+import json
+
+import pytest
+
+from tests.ranks.shipped import config
+from tests.support.cpu_ranks import PLUGINS, launch
+from tests.support.gathers import gathers_file
+from tests.support.tiny import ROOT
+
+COUNT = "tests.support.gathers.CountGathers"
+
+
+def conversation(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Rows that stock reads as well."""
+    file = tmp_path / "pairs.jsonl"
+    rows = [
+        {
+            "chosen": conversation(f"What is {i} plus one?", f"It is {i + 1}, of course."),
+            "rejected": conversation(f"What is {i} plus one?", "I do not know that."),
+        }
+        for i in range(16)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return {"path": str(file), "ds_type": "json", "split": "train"}
+
+
+def short(name, base_dir, sft, folder, data, kind):
+    settings = {
+        "datasets": [{**data, "type": kind}],
+        "test_datasets": None,
+        "chat_template": "tokenizer_default",
+        "max_steps": 2,
+        "lora_dropout": 0.0,
+        **dict.fromkeys(("eval_strategy", "eval_steps", "save_steps")),
+        "save_strategy": "no",
+    }
+    if name == "zero3-nf4":  # as shipped, all parameters of a tiny model would be kept on each rank
+        engine = json.loads((ROOT / "deepspeed_configs/zero3_bf16.json").read_text(encoding="utf-8"))
+        engine["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        settings["deepspeed"] = engine
+    return config(name, base_dir, sft, folder, **settings)
+
+
+@pytest.mark.parametrize("name", ["zero3-nf4", "fsdp2-nf4", "fsdp2-bf16"])
+def test_gathers_per_micro_step(name, base_dir, sft, data, tmp_path):
+    ours = launch(
+        short(name, base_dir, sft, tmp_path / "a", data, "dpo_plugin.chat"), tmp_path / "a", more_plugins=(COUNT,)
+    )
+    assert ours.returncode == 0, ours.error()
+    stock = short(name, base_dir, sft, tmp_path / "b", data, "chat_template.argilla_chat")
+    if name.startswith("fsdp2"):
+        stock["fsdp_version"] = "2"  # the number is refused with 4 bit
+    theirs = launch(stock, tmp_path / "b", plugins=PLUGINS[:1], more_plugins=(COUNT,))
+    assert theirs.returncode == 0, theirs.error()
+    found, expected = (json.loads(gathers_file(run.output_dir).read_text()) for run in (ours, theirs))
+    print(f"\n{name}: [gathers, bytes] per micro-step: ours {found}, stock's {expected}")
+    assert len(found) == len(expected) == 4
+    assert all(count > 0 for count, _ in found)
+    assert max(count for count, _ in found) <= min(count for count, _ in expected)

@@ -1,0 +1,66 @@
+"""An axolotl plugin, for tests alone: counts what ranks gather in each micro-step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from axolotl.integrations.base import BasePlugin
+from transformers import TrainerCallback
+
+from tests.support.cpu_ranks import records
+
+LEAST = 512
+"""Bytes from which on a gathered tensor is a parameter; figures for the log are smaller, the least LoRA shard is not."""
+
+
+class CountGathers(BasePlugin):
+    """Writes ``[gathers, bytes]`` of parameters for each micro-step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self.micro_steps: list[tuple[int, int]] = []
+
+    def register(self, cfg: Any) -> None:
+        for name in ("all_gather_into_tensor", "all_gather_single", "all_gather"):
+            setattr(dist, name, self._counted(getattr(dist, name)))
+
+    def _counted(self, gather: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            output = args[0] if args else kwargs.get("output_tensor", kwargs.get("tensor_list"))
+            tensors = output if isinstance(output, list) else [output]
+            self.sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+            return gather(*args, **kwargs)
+
+        return counted
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        training_step = trainer.training_step
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.sizes.clear()
+            loss = training_step(*args, **kwargs)
+            parameters = [size for size in self.sizes if size >= LEAST]
+            self.micro_steps.append((len(parameters), sum(parameters)))
+            return loss
+
+        trainer.training_step = counted
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        return [_Write(self)]
+
+
+class _Write(TrainerCallback):
+    def __init__(self, counts: CountGathers):
+        self.counts = counts
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            gathers_file(args.output_dir).write_text(json.dumps(self.counts.micro_steps))
+
+
+def gathers_file(output_dir: str | Path) -> Path:
+    return records(output_dir) / "gathers.json"
