@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,17 @@ def ours(base: Path, sft: Path, folder: Path, warm: bool = False) -> Any:
     return setup_model_and_trainer(cfg, data)[0]
 
 
+def bare(*paths: Path) -> Any:
+    """Our trainer without what a log line is made of."""
+    from types import SimpleNamespace
+
+    trainer = ours(*paths)
+    nothing = SimpleNamespace(update=lambda _: None, add=lambda *_: None)
+    trainer._means, trainer._pace = {"train": nothing, "eval": nothing}, nothing
+    trainer._forward_options = replace(trainer._forward_options, entropy=False)
+    return trainer
+
+
 MAKERS: dict[str, Callable[[Path, Path, Path], Any]] = {
     "stock": stock,
     "stock-nogc": lambda *paths: stock(*paths, collects=False),
@@ -320,6 +332,31 @@ def memory(root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]
     }
 
 
+class Logging(Contender):
+    """Makes the figures of a log line after every step."""
+
+    def backward(self, pairs: list[Pair]) -> float:
+        """A micro-batch, and its figures over all ranks."""
+        loss = super().backward(pairs)
+        trainer = self.trainer
+        trainer._means["train"].result(trainer._sum, trainer.accelerator.gather, trainer._everyones)
+        trainer.travelled()
+        trainer._pace.result(trainer._sum, trainer.accelerator.device)
+        return loss
+
+
+def metrics(root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What all metrics cost, logged at every step, in shares of a step without any."""
+    base = save_base(root / "base", 8192)
+    sft = tiny.save_adapter(base, root / "sft", r=RANK, lora_alpha=RANK)
+    made = {"bare": Contender(bare(base, sft, root / "bare")), "logged": Logging(ours(base, sft, root / "ours"))}
+    draw = random.Random(7)
+    batches = [[of_share(draw, arguments.tokens, 0.5, 8192)] for _ in range(arguments.warm_up + arguments.steps)]
+    seconds = race(made, batches, arguments.warm_up)
+    shares = [own / without - 1 for without, own in zip(seconds["bare"], seconds["logged"], strict=True)]
+    yield {"metrics": {"median": statistics.median(shares), "quartiles": statistics.quantiles(shares, n=4)[::2]}}
+
+
 def growth(root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Seconds per token without attention, from T = 256 to 2048, and memory of the loss stage."""
     own = make_contenders(["ours-warm"], root / "growth", 8192)["ours-warm"]
@@ -409,7 +446,7 @@ def report(found: dict[str, Any]) -> str:
         return f"{found['does_not_run']}: does not run here: {found['reason']}"
     if "growth" in found:
         return json.dumps(found["growth"], indent=1)
-    if "memory" in found or "head" in found:
+    if {"memory", "head", "metrics"} & found.keys():
         return json.dumps(found, indent=1)
     lines = [f"micro-batch {found['micro_batch']}, prompt share {found['prompt_share']}"]
     for name, of in found["contenders"].items():
@@ -431,7 +468,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="counted steps")
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=512, help="tokens of the longer side")
-    parser.add_argument("--only", choices=["speed", "memory", "growth", "head"])
+    parser.add_argument("--only", choices=["speed", "memory", "growth", "head", "metrics"])
     parser.add_argument("--case", help="one of the speed cases alone: micro-batch,share, e.g. 1,0.5 or 4,mix")
     parser.add_argument("--quick", action="store_true", help="one share, small vocabulary: shows that it runs")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -442,7 +479,7 @@ def main() -> None:
     machine = {"python": platform.python_version(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     results: list[dict[str, Any]] = [{"versions": versions, "machine": machine}]
     with tempfile.TemporaryDirectory() as temporary:
-        for job in (speed, memory, growth, head):
+        for job in (speed, memory, growth, head, metrics):
             if arguments.only in (None, job.__name__):
                 for found in job(Path(temporary), arguments):
                     results.append(found)

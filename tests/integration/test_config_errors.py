@@ -97,6 +97,11 @@ def prepare(config, folder):
             ConfigError,
             "`fsdp_config.cpu_ram_efficient_loading: true`.*Write: cpu_ram_efficient_loading: false",
         ),
+        (
+            {"adapter": None, "fsdp_version": 2, "fsdp_config": {"cpu_ram_efficient_loading": True}},
+            ConfigError,
+            "`adapter: None`.*Write: cpu_ram_efficient_loading: false",
+        ),
         ({"deepspeed": "zero9.json"}, ConfigError, "`deepspeed: zero9.json` does not exist. Write: deepspeed:"),
         ({"deepspeed": "pyproject.toml"}, ConfigError, "`deepspeed: pyproject.toml` is no JSON"),
         (

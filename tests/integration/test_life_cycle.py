@@ -69,10 +69,11 @@ def test_6_steps_and_resume_and_6_are_12(base_dir, sft_dir, whole, half, tmp_pat
     )
 
 
-def test_a_checkpoint_holds_no_reference_but_says_which(whole):
-    checkpoint = whole.output_dir / "checkpoint-6"
-    assert not [file for file in checkpoint.iterdir() if "reference" in file.name or file.name == "ref"]
-    marker = json.loads((checkpoint / "dpo_plugin.json").read_text())
+@pytest.mark.parametrize("name", ["checkpoint-6", "."])
+def test_what_is_saved_holds_no_reference_but_says_which(name, whole):
+    folder = whole.output_dir / name
+    assert not [file for file in folder.iterdir() if "reference" in file.name or file.name == "ref"]
+    marker = json.loads((folder / "dpo_plugin.json").read_text())
     assert marker["reference"] == {
         "strategy": "adapter",
         "identity": f"sha256:{whole.trainer.model.digests['reference']}",

@@ -6,11 +6,13 @@ import yaml
 from tests.support.tiny import ROOT
 
 STEPS = 8
+BF16 = {"load_in_4bit": False, "adapter": "lora", "bnb_config_kwargs": None}
 ENGINES = {
     "ddp-nf4": ("qwen72b-dpo", {"deepspeed": None}),
     "zero3-nf4": ("qwen72b-dpo", {}),
     "fsdp2-nf4": ("qwen72b-dpo-fsdp", {}),
-    "fsdp2-bf16": ("qwen72b-dpo-fsdp", {"load_in_4bit": False, "adapter": "lora", "bnb_config_kwargs": None}),
+    "fsdp2-bf16": ("qwen72b-dpo-fsdp", BF16),
+    "fsdp2-bf16-loaded-once": ("qwen72b-dpo-fsdp", {**BF16, "fsdp_config": {"cpu_ram_efficient_loading": True}}),
 }
 
 
@@ -41,7 +43,10 @@ def config(name, base_dir, sft, folder, **settings):
         "lora_o_kernel": False,
         "dataset_num_proc": 1,
     }
-    return {key: value for key, value in {**shipped, **engine, **sizes, **settings}.items() if value is not None}
+    found = {**shipped, **engine, **sizes, **settings}
+    if found.get("fsdp_config"):
+        found["fsdp_config"] = {**shipped["fsdp_config"], **found["fsdp_config"]}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def curve(lines):

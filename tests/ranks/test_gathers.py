@@ -1,4 +1,4 @@
-"""A micro-step gathers parameters no more often than stock axolotl's and TRL's."""
+"""A micro-step gathers parameters no more often than stock axolotl's and TRL's on the same two adapters."""
 
 import json
 
@@ -50,17 +50,35 @@ def short(name, base_dir, sft, folder, data, kind):
 
 @pytest.mark.parametrize("name", ["zero3-nf4", "fsdp2-nf4", "fsdp2-bf16"])
 def test_gathers_per_micro_step(name, base_dir, sft, data, tmp_path):
-    ours = launch(
+    run = launch(
         short(name, base_dir, sft, tmp_path / "a", data, "dpo_plugin.chat"), tmp_path / "a", more_plugins=(COUNT,)
     )
-    assert ours.returncode == 0, ours.error()
+    assert run.returncode == 0, run.error()
     stock = short(name, base_dir, sft, tmp_path / "b", data, "chat_template.argilla_chat")
+    stock["trainer_cls"] = "tests.support.gathers.StockOnAdapters"
     if name.startswith("fsdp2"):
         stock["fsdp_version"] = "2"  # the number is refused with 4 bit
     theirs = launch(stock, tmp_path / "b", plugins=PLUGINS[:1], more_plugins=(COUNT,))
     assert theirs.returncode == 0, theirs.error()
-    found, expected = (json.loads(gathers_file(run.output_dir).read_text()) for run in (ours, theirs))
+    found, expected = (json.loads(gathers_file(run.output_dir).read_text()) for run in (run, theirs))
     print(f"\n{name}: [gathers, bytes] per micro-step: ours {found}, stock's {expected}")
     assert len(found) == len(expected) == 4
     assert all(count > 0 for count, _ in found)
-    assert max(count for count, _ in found) <= min(count for count, _ in expected)
+    assert all(ours <= stock for (ours, _), (stock, _) in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["zero3-nf4", "fsdp2-nf4"])
+def test_a_kept_reference_spares_its_forwards_gathers(name, base_dir, sft, data, tmp_path):
+    counts = []
+    for keep in (False, True):
+        settings = short(name, base_dir, sft, tmp_path / str(keep), data, "dpo_plugin.chat")
+        if keep:
+            settings |= {
+                "precompute_ref_log_probs": True,
+                "dpo_plugin": {"reference": {"cache": str(tmp_path / "kept")}},
+            }
+        run = launch(settings, tmp_path / str(keep), more_plugins=(COUNT,))
+        assert run.returncode == 0, run.error()
+        counts.append(json.loads(gathers_file(run.output_dir).read_text())[-1][0])
+    print(f"\n{name}: gathers per micro-step: {counts[0]}, with a kept reference {counts[1]}")
+    assert counts[1] < counts[0]

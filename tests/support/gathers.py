@@ -7,13 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from axolotl.integrations.base import BasePlugin
+from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
+from axolotl.integrations.base import BasePlugin, PluginManager
+from peft import PeftModel
 from transformers import TrainerCallback
 
 from tests.support.cpu_ranks import records
 
 LEAST = 512
 """Bytes from which on a gathered tensor is a parameter; figures for the log are smaller, the least LoRA shard is not."""
+
+
+class StockOnAdapters(AxolotlDPOTrainer):
+    """Stock's trainer on what it would have to be given: the SFT adapter, of which TRL makes its own frozen ``ref``."""
+
+    def __init__(self, model: Any, ref_model: Any = None, *, peft_config: Any = None, **kwargs: Any):
+        adapter = PluginManager.get_instance().cfg.lora_model_dir
+        super().__init__(PeftModel.from_pretrained(model, adapter, is_trainable=True), None, **kwargs)
 
 
 class CountGathers(BasePlugin):

@@ -52,14 +52,23 @@ def check_fsdp(cfg: Mapping[str, Any]) -> None:
     """
     if fsdp_version(cfg) != 2:
         raise ConfigError(
-            "`fsdp_config` without `fsdp_version: 2` is FSDP1, which flattens both adapters and the base into one "
-            "tensor per layer and does not save an adapter from it; axolotl 0.19 has deprecated it. "
+            "`fsdp_config` without `fsdp_version: 2` is FSDP1, which flattens a layer into one tensor of one dtype: "
+            "the fp32 policy that the optimizer updates cannot stand beside a bf16 or 4-bit base (torch: `Must flatten "
+            "tensors with uniform dtype`), and axolotl 0.19 has deprecated it. "
             "Write: fsdp_version: 2, and fsdp_config as in recipes/qwen72b-dpo-fsdp.yaml"
         )
-    if cfg.get("load_in_4bit") and fsdp_config(cfg).get("cpu_ram_efficient_loading"):
+    if not fsdp_config(cfg).get("cpu_ram_efficient_loading"):
+        return
+    if cfg.get("load_in_4bit"):
         raise ConfigError(
             "`fsdp_config.cpu_ram_efficient_loading: true` is refused by axolotl with load_in_4bit: one rank would "
             "quantise what the others hold in full. Write: cpu_ram_efficient_loading: false"
+        )
+    if cfg.get("adapter") != "lora" or cfg.get("load_in_8bit"):
+        raise ConfigError(
+            "`fsdp_config.cpu_ram_efficient_loading: true` is tested with `adapter: lora` on a base in 16 bits, and "
+            f"this is `adapter: {cfg.get('adapter')}`, `load_in_8bit: {bool(cfg.get('load_in_8bit'))}`: ranks may be "
+            "left with weights that were never loaded. Write: cpu_ram_efficient_loading: false"
         )
 
 

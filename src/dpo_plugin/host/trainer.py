@@ -365,7 +365,7 @@ class PreferenceTrainer(OnAnyEngine, AxolotlDPOTrainer):  # type: ignore[misc]
             save_file(state, folder / REFERENCE_STATE)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Write our card instead of TRL's."""
+        """Write our card instead of TRL's, and which reference the adapter beside it was trained against."""
         if not self.is_world_process_zero():
             return
         output_dir, settings = Path(self.args.output_dir), self._settings
@@ -382,6 +382,7 @@ class PreferenceTrainer(OnAnyEngine, AxolotlDPOTrainer):  # type: ignore[misc]
         base = str(self.model.config.name_or_path)
         text = model_card(output_dir, base, facts, self.state.log_history, adapter)
         (output_dir / "README.md").write_text(text, encoding="utf-8")
+        write_marker(output_dir, self._reference_facts())
 
 
 def weighted(packs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

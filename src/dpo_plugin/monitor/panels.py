@@ -110,6 +110,15 @@ PANELS = (
         "entropy", "Entropy", "How undecided the policy is, in nats per token. Should fall slowly, not to 0.",
         {"entropy/chosen": "chosen", "entropy/rejected": "rejected"},
     ),
+    Panel(
+        "travel", "What the adapter travels", "Length of the difference between policy and reference adapter, which "
+        "grows ever more slowly, and of the update since the line before, which follows the learning rate.",
+        {"adapter/distance": "from the reference", "adapter/update_norm": "since the line before"}, log=True,
+    ),
+    Panel(
+        "speed", "Pairs per second", "Over all ranks, evaluation and saving included. Should hold; a drop that stays "
+        "is another job on the machine, or data that grew longer.", {"speed/pairs_per_second": "training"},
+    ),
 )  # fmt: skip
 
 MARKED_ON = {
