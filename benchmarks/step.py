@@ -372,13 +372,14 @@ def growth(root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]
             if number >= arguments.warm_up:
                 seconds[tokens].append(took)
                 attention[tokens].append(inside)
-    per_token = {}
-    for tokens, pairs in batches.items():
-        rest = statistics.median(seconds[tokens]) - statistics.median(attention[tokens])
-        per_token[tokens] = rest / own.trainer.data_collator.tokens(pairs) * 1e6
+    rest = {t: statistics.median(seconds[t]) - statistics.median(attention[t]) for t in lengths}
+    computed = {t: own.trainer.data_collator.tokens(pairs) for t, pairs in batches.items()}
+    slope, fixed = statistics.linear_regression(list(computed.values()), list(rest.values()))
     yield {
         "growth": {
-            "us_per_token_without_attention": per_token,
+            "us_per_token_without_attention": {t: rest[t] / computed[t] * 1e6 for t in lengths},
+            "line": {"fixed_ms": fixed * 1e3, "us_per_token": slope * 1e6},
+            "off_the_line": {t: rest[t] / (fixed + slope * computed[t]) - 1 for t in lengths},
             "seconds": {tokens: statistics.median(values) for tokens, values in seconds.items()},
             "attention_seconds": {tokens: statistics.median(values) for tokens, values in attention.items()},
             "loss_stage_mib": {tokens: loss_stage(tokens, arguments.quick) for tokens in lengths},

@@ -69,6 +69,17 @@ def test_6_steps_and_resume_and_6_are_12(base_dir, sft_dir, whole, half, tmp_pat
     )
 
 
+def test_a_resumed_run_measures_displacement_from_the_same_start(base_dir, sft_dir, tmp_path):
+    """Against the bare base no log-ratio tells the start, so the first line stands for it."""
+    settings = {"max_steps": 4, "save_steps": 2, "dpo_plugin": {"reference": {"strategy": "base"}}}
+    whole = host.train(config(base_dir, sft_dir, tmp_path / "whole", **settings), tmp_path)
+    settings["resume_from_checkpoint"] = str(tmp_path / "whole/checkpoint-2")
+    resumed = host.train(config(base_dir, sft_dir, tmp_path / "resumed", **settings), tmp_path)
+    expected, found = ([line["logps/chosen_displacement"] for line in run.lines] for run in (whole, resumed))
+    assert expected[0] == 0
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize("name", ["checkpoint-6", "."])
 def test_what_is_saved_holds_no_reference_but_says_which(name, whole):
     folder = whole.output_dir / name

@@ -112,8 +112,8 @@ class TestRefused:
             ({}, {"test_datasets": None}, "takes its prompts from the evaluation data.*Write: val_set_size: 0.05"),
             ({"every_step": 3}, {}, "unknown key `dpo_plugin.samples.every_step`. Known: count, every_steps.*Write"),
             ({"every_steps": 0}, {}, "`dpo_plugin.samples.every_steps`.*found 0"),
-            ({}, {"deepspeed": {"zero_optimization": {"stage": 3}}}, "`deepspeed: ZeRO-3`.*axolotl dpo compare"),
-            ({}, {"fsdp_config": {"fsdp_version": 2}}, "`fsdp_config` no rank can run the model alone.*dpo compare"),
+            ({}, {"deepspeed": {"zero_optimization": {"stage": 3}}}, "`ZeRO-3`.*axolotl dpo compare"),
+            ({}, {"fsdp_config": {"fsdp_version": 2}}, "`FSDP` no rank can run the model alone.*dpo compare"),
             ({}, {"context_parallel_size": 2}, "`context_parallel_size: 2`"),
         ],
     )

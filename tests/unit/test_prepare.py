@@ -1,5 +1,6 @@
 """Sources, lengths, audit and the store of prepared data."""
 
+import io
 import json
 import subprocess
 import sys
@@ -26,6 +27,17 @@ def preparation(tokenizer, path, limit=LONG, entry=None, renderer=None, **option
     source = local_source({"path": str(path), **(entry or {})})
     options = PrepareOptions(limit, **{"max_bad_rows": 1.0, **options})
     return Preparation("datasets[0]", source, FORMATS["chat"], renderer or Renderer(tokenizer), options)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_is_drawn_on_a_terminal_alone(terminal, tokenizer, tmp_path, monkeypatch):
+    class Output(io.StringIO):
+        def isatty(self):
+            return terminal
+
+    monkeypatch.setattr(sys, "stderr", Output())
+    preparation(tokenizer, write_rows(tmp_path / "rows.jsonl", rows())).run()
+    assert ("Preparing datasets[0]: 100%" in sys.stderr.getvalue()) == terminal
 
 
 class TestFit:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -116,7 +116,8 @@ def scoring_head(head: Any, batch: PairBatch, options: ForwardOptions) -> Iterat
     def forward(hidden: Tensor) -> Tensor:
         rows = hidden.flatten(0, -2)[batch.predicts]
         trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
-        return chunked_scores(logits_of, rows, batch.labels, options, trains, _vocabulary(head))[None]
+        scores = chunked_scores(logits_of, rows, batch.labels, options, trains, _vocabulary(head), _is_product(head))
+        return scores[None]
 
     head.forward = forward
     try:
@@ -125,6 +126,15 @@ def scoring_head(head: Any, batch: PairBatch, options: ForwardOptions) -> Iterat
         del head.forward
         if before is not None:
             head.forward = before
+
+
+def _is_product(head: Any) -> bool:
+    """Whether the head's logits are W h and nothing else."""
+    return (
+        isinstance(head, nn.Linear)
+        and getattr(head, "bias", None) is None
+        and head.weight.dtype in (torch.float32, torch.float64)
+    )
 
 
 def _vocabulary(head: Any) -> int:
@@ -138,12 +148,16 @@ def chunked_scores(
     options: ForwardOptions,
     head_trains: bool,
     vocabulary: int,
+    product: bool = False,
 ) -> Tensor:
     """Score tokens with the logits of one chunk at a time; gradients are exact.
 
     A frozen head's log π(y|h) depends on its row h alone, so ∂ log π/∂h = ∂logits/∂h · (onehot(y) − π) is kept from the
     forward, (tokens, hidden), and backward is one product per row; no logits are computed twice and none are kept. A
     head that trains needs the gradient of the loss first, so its chunks are computed again in backward.
+
+    If logits are W h, the kept gradient g = Wᵀ(onehot(y) − π) gives the entropy for one product of a row: it is
+    log Z − Σ π(v) logit(v), and h · g = logit(y) − Σ π(v) logit(v), so it is h · g − log π(y).
 
     Args:
         logits_of: The head: (n, hidden) → (n, vocabulary).
@@ -152,13 +166,14 @@ def chunked_scores(
         options: How completions are scored.
         head_trains: Whether the head has parameters that train.
         vocabulary: Its size, for the default chunk.
+        product: Whether the head's logits are W h, in fp32 at least.
 
     Returns:
         (tokens, columns), fp32 or fp64.
     """
     size = options.chunk or max(1, CHUNK_BYTES // (4 * vocabulary))
     if not head_trains:
-        return _FrozenHead.apply(hidden, labels, logits_of, options, size)  # type: ignore[no-any-return,no-untyped-call]
+        return _FrozenHead.apply(hidden, labels, logits_of, options, size, product)  # type: ignore[no-any-return,no-untyped-call]
 
     def scores(rows: Tensor, wanted: Tensor) -> Tensor:
         return token_scores(logits_of(rows), wanted, options)
@@ -176,6 +191,7 @@ class _FrozenHead(torch.autograd.Function):
         logits_of: Callable[[Tensor], Tensor],
         options: ForwardOptions,
         size: int,
+        product: bool,
     ) -> Tensor:
         wants_gradient = ctx.needs_input_grad[0]
         scores: list[Tensor] = []
@@ -184,10 +200,14 @@ class _FrozenHead(torch.autograd.Function):
             rows = rows.detach().requires_grad_(wants_gradient)
             with torch.set_grad_enabled(wants_gradient):
                 logits = logits_of(rows)
-            columns, slope = _scores_and_slope(logits.detach(), wanted, options, wants_gradient)
+            by_product = options.entropy and product and wants_gradient and logits.dtype.itemsize >= 4
+            rest = replace(options, entropy=False) if by_product else options
+            columns, slope = _scores_and_slope(logits.detach(), wanted, rest, wants_gradient)
             scores.append(columns)
             if slope is not None:
                 slopes += torch.autograd.grad(logits, rows, slope)
+            if by_product:
+                columns[:, ENTROPY] = torch.linalg.vecdot(rows.detach(), slopes[-1]) - columns[:, LOGP]
         if slopes:
             ctx.save_for_backward(torch.cat(slopes))
         return torch.cat(scores)
@@ -196,7 +216,7 @@ class _FrozenHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors
-        return (gradient[:, LOGP, None] * slopes).to(slopes.dtype), None, None, None, None
+        return (gradient[:, LOGP, None] * slopes).to(slopes.dtype), None, None, None, None, None
 
 
 def _scores_and_slope(

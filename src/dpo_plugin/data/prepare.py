@@ -11,7 +11,7 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -23,6 +23,7 @@ from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 from datasets.table import InMemoryTable
 from filelock import FileLock
+from tqdm import tqdm
 
 from dpo_plugin.data import formats as formats_module
 from dpo_plugin.data import render as render_module
@@ -231,12 +232,13 @@ class Preparation:
 
     def _numbered(self) -> Iterable[tuple[int, Row | RowError]]:
         rows = self.source.read()
-        numbered = enumerate(rows, start=1)
-        if self.options.sample_fraction >= 1:
-            return numbered
-        everything = list(numbered)
-        share = round(self.options.sample_fraction * len(everything))
-        return sorted(random.Random(self.options.seed).sample(everything, share), key=lambda item: item[0])
+        numbered: Iterable[tuple[int, Row | RowError]] = enumerate(rows, start=1)
+        total = len(rows) if isinstance(rows, Sized) else None
+        if self.options.sample_fraction < 1:
+            everything = list(numbered)
+            total = round(self.options.sample_fraction * len(everything))
+            numbered = sorted(random.Random(self.options.seed).sample(everything, total), key=lambda item: item[0])
+        return tqdm(numbered, desc=f"Preparing {self.where}", total=total, unit="pair", disable=None)
 
     def _take(
         self, columns: dict[str, list[Any]], audit: Audit, seen: set[str], number: int, source: str, ids: PairIds

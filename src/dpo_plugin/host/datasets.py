@@ -12,7 +12,6 @@ from typing import Any
 
 from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.loaders import load_tokenizer
-from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.data.shared import create_train_validation_split, load_dataset_with_config, merge_datasets
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset, DatasetDict
@@ -26,6 +25,7 @@ from dpo_plugin.data.sources import RowSource, local_source
 from dpo_plugin.errors import ConfigError, DataError
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.settings import PREFIX, RunSettings
+from dpo_plugin.host.templates import renderer_of
 from dpo_plugin.registry import get_registry
 from dpo_plugin.types import PreferencePair
 
@@ -102,14 +102,7 @@ def preparation(cfg: Any, settings: RunSettings, entry: Mapping[str, Any], where
     data = settings.config.data
     kind = str(entry["type"])
     read = HOST_TYPES[kind] if kind in HOST_TYPES else get_registry().formats[kind.removeprefix(PREFIX)]
-    choice = entry.get("chat_template") or cfg.chat_template
-    renderer = Renderer(
-        tokenizer,
-        get_chat_template_from_config(cfg, DictDefault(entry), tokenizer) if choice else None,
-        name=f"chat_template {choice}" if choice else "the tokenizer's chat template",
-        template_kwargs=cfg.chat_template_kwargs or {},
-        refuse_special_tokens=data.special_tokens == "refuse",
-    )
+    renderer = renderer_of(cfg, entry, tokenizer, data.special_tokens == "refuse")
     strategy: Any = (cfg.excess_length_strategy or "drop").lower()
     options = PrepareOptions(
         limit=LengthLimit(cfg.sequence_len, strategy, data.truncation_side),

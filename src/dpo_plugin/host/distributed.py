@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import pad
 
 from dpo_plugin.errors import CheckpointError, ConfigError
-from dpo_plugin.host.parallel import fsdp_version, read_deepspeed
+from dpo_plugin.host.parallel import engine_that_shards, fsdp_version
 from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel, adapter_digest
 from dpo_plugin.model.references import EmaReference, ReferenceStrategy
 
@@ -53,19 +53,12 @@ def refuse_moving_reference(cfg: Any, strategy: type[ReferenceStrategy]) -> None
     Raises:
         ConfigError: Naming the engine.
     """
-    engine = _engine_that_shards(cfg)
+    engine = engine_that_shards(cfg)
     if engine and issubclass(strategy, EmaReference):
         raise ConfigError(
             f"`dpo_plugin.reference.strategy: ema` moves the reference's tensors, of which a rank holds a part under "
             f"{engine}. Write: strategy: adapter (or deepspeed: <a config of ZeRO stage 1 or 2>)"
         )
-
-
-def _engine_that_shards(cfg: Any) -> str | None:
-    if cfg.get("fsdp_config") or cfg.get("fsdp"):
-        return "FSDP"
-    deepspeed = read_deepspeed(cfg["deepspeed"]) if cfg.get("deepspeed") else {}
-    return "ZeRO-3" if (deepspeed.get("zero_optimization") or {}).get("stage") == 3 else None
 
 
 # ── before the model is sharded ──

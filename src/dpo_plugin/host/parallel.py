@@ -34,6 +34,14 @@ def check_parallel(cfg: Mapping[str, Any]) -> None:
         check_fsdp(cfg)
 
 
+def engine_that_shards(cfg: Mapping[str, Any]) -> str | None:
+    """FSDP or ZeRO-3 where a rank holds a part of each tensor, else None."""
+    if cfg.get("fsdp_config") or cfg.get("fsdp"):
+        return "FSDP"
+    settings = read_deepspeed(cfg["deepspeed"]) if cfg.get("deepspeed") else {}
+    return "ZeRO-3" if (settings.get("zero_optimization") or {}).get("stage") == 3 else None
+
+
 def fsdp_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """``fsdp_config`` with its keys' old prefix taken off, as axolotl does."""
     return {key.removeprefix("fsdp_"): value for key, value in (cfg.get("fsdp_config") or {}).items()}

@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from axolotl.integrations.base import PluginManager
-from axolotl.utils.chat_templates import get_chat_template_from_config
-from axolotl.utils.dict import DictDefault
 
 from dpo_plugin.config import DPOPluginConfig
-from dpo_plugin.data.render import Renderer
 from dpo_plugin.errors import ConfigError, RowError
-from dpo_plugin.host.parallel import read_deepspeed
+from dpo_plugin.host.parallel import engine_that_shards
+from dpo_plugin.host.templates import renderer_of
 from dpo_plugin.monitor.samples import read_prompts
 from dpo_plugin.types import Message, PreferencePair, RenderedPair
 
@@ -39,14 +37,10 @@ def check_samples(cfg: Mapping[str, Any], config: DPOPluginConfig) -> None:
 
 
 def _split_by(cfg: Mapping[str, Any]) -> str | None:
-    """The key by which no rank has the whole model or a whole row, or None."""
-    if cfg.get("fsdp_config") or cfg.get("fsdp"):
-        return "fsdp_config" if cfg.get("fsdp_config") else "fsdp"
-    if cfg.get("deepspeed"):
-        stage = (read_deepspeed(cfg["deepspeed"]).get("zero_optimization") or {}).get("stage")
-        return "deepspeed: ZeRO-3" if stage == 3 else None
+    """What leaves no rank the whole model or a whole row, or None."""
     sizes = ("tensor_parallel_size", "context_parallel_size")
-    return next((f"{key}: {cfg[key]}" for key in sizes if int(cfg.get(key) or 1) > 1), None)
+    split = (f"{key}: {cfg[key]}" for key in sizes if int(cfg.get(key) or 1) > 1)
+    return engine_that_shards(cfg) or next(split, None)
 
 
 def refusal(split: str) -> ConfigError:
@@ -76,10 +70,7 @@ def render_prompt(
     cfg = PluginManager.get_instance().cfg
     entry = datasets[0] if datasets else {}
     as_it_stands = isinstance(prompt, str) and entry.get("type") == "dpo_plugin.text"
-    choice = entry.get("chat_template") or cfg.chat_template
-    template = get_chat_template_from_config(cfg, DictDefault(entry), tokenizer) if choice else None
-    name = f"chat_template {choice}" if choice else "the tokenizer's chat template"
-    renderer = Renderer(tokenizer, template, name, cfg.chat_template_kwargs or {})
+    renderer = renderer_of(cfg, entry, tokenizer, refuse_special_tokens=True)
     if as_it_stands:
         text = renderer.render(RenderedPair(str(prompt), "", "")).prompt
     elif not renderer.template:

@@ -32,8 +32,9 @@ class Travel:
         self._sizes = {name: parameter.numel() for name, parameter in model.policy_parameters()}
         self._stride = max(1, math.ceil(sum(self._sizes.values()) / SAMPLED))
         self._moving = moving
-        self._reference = self._reference_sample(model)
-        self._last: dict[str, Tensor] = {}
+        self._sample = self._reference_sample(model)
+        self._reference: Tensor | None = None
+        self._last: Tensor | None = None
 
     def _reference_sample(self, model: PolicyReferenceModel) -> dict[str, Tensor]:
         """Every stride-th weight of the reference adapter under the policy's names; empty if shapes differ."""
@@ -58,35 +59,32 @@ class Travel:
             ``adapter/distance`` from the reference adapter, left out where it has not the policy's shape or there is
             none, and ``adapter/update_norm``, what the weights moved since the call before, left out in the first.
         """
-        if self._moving:
-            self._reference = self._reference_sample(model)
-        now: dict[str, Tensor] = {}
-        squares = [torch.zeros(2, dtype=torch.float64)]
+        places, parts = [], []
         for name, part, first, counts in _parts(model, rank):
             begin = -first % self._stride  # of this part; a padded one is longer than the tensor goes on
-            now[name] = part[begin : max(begin, self._sizes[name] - first) : self._stride].float().clone()
-            if counts:
-                distance = self._from_reference(name, now[name], first + begin)
-                squares.append(torch.stack([distance, self._moved(name, now[name])]))
-        device = squares[-1].device
-        sums = torch.stack([pair.to(device, torch.float64) for pair in squares]).sum(dim=0)
-        travelled, update = (total(sums) * self._stride).sqrt().tolist()
-        found = {"adapter/distance": travelled} if self._reference else {}
-        if self._last:
+            mine = part[begin : max(begin, self._sizes[name] - first) : self._stride] if counts else part[:0]
+            places.append((name, (first + begin) // self._stride, len(mine)))
+            parts.append(mine.float())
+        now = torch.cat(parts)  # a copy of its own
+        if self._moving:
+            self._sample, self._reference = self._reference_sample(model), None
+        if self._sample and self._reference is None:
+            held = [self._sample[name][index : index + count] for name, index, count in places]
+            self._reference = torch.cat([part.to(now.device) for part in held])
+        sums = torch.stack([_square_distance(now, self._reference), _square_distance(now, self._last)])
+        distance, update = (total(sums) * self._stride).sqrt().tolist()
+        found = {} if self._reference is None else {"adapter/distance": distance}
+        if self._last is not None:
             found["adapter/update_norm"] = update
         self._last = now
         return found
 
-    def _from_reference(self, name: str, values: Tensor, first: int) -> Tensor:
-        if not self._reference:
-            return values.new_zeros(())
-        held = self._reference[name] = self._reference[name].to(values.device)
-        index = first // self._stride
-        return (values - held[index : index + len(values)]).square().sum()
 
-    def _moved(self, name: str, values: Tensor) -> Tensor:
-        before = self._last.get(name)
-        return values.new_zeros(()) if before is None else (values - before).square().sum()
+def _square_distance(a: Tensor, b: Tensor | None) -> Tensor:
+    """Σ (a − b)², fp64; 0 where there is no b."""
+    if b is None:
+        return torch.zeros((), dtype=torch.float64, device=a.device)
+    return (a - b).square_().sum(dtype=torch.float64)
 
 
 def _parts(model: PolicyReferenceModel, rank: int) -> Iterator[tuple[str, Tensor, int, bool]]:

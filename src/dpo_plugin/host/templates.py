@@ -1,0 +1,23 @@
+"""The chat template that a dataset entry is rendered with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from axolotl.utils.chat_templates import get_chat_template_from_config
+from axolotl.utils.dict import DictDefault
+
+from dpo_plugin.data.render import Renderer
+
+
+def renderer_of(cfg: Any, entry: Mapping[str, Any], tokenizer: Any, refuse_special_tokens: bool) -> Renderer:
+    """The renderer of one dataset entry; its ``chat_template`` comes before the config's and the tokenizer's own."""
+    choice = entry.get("chat_template") or cfg.chat_template
+    return Renderer(
+        tokenizer,
+        get_chat_template_from_config(cfg, DictDefault(entry), tokenizer) if choice else None,
+        name=f"chat_template {choice}" if choice else "the tokenizer's chat template",
+        template_kwargs=cfg.chat_template_kwargs or {},
+        refuse_special_tokens=refuse_special_tokens,
+    )
