@@ -102,6 +102,21 @@ def test_evaluation_in_packs(base_dir, sft_dir, tmp_path):
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
+def test_a_4_bit_run_goes_on_after_an_evaluation(base_dir, sft_dir, tmp_path):
+    settings = {
+        "adapter": "qlora",
+        "load_in_4bit": True,
+        "val_set_size": 0.25,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    run = host.train(config(base_dir, sft_dir, tmp_path, max_steps=3, **settings), tmp_path)
+    evaluations = [line["eval_loss"] for line in run.trainer.state.log_history if "eval_loss" in line]
+    assert len(run.lines) == 3
+    assert len(evaluations) >= 3
+    assert evaluations[-1] < evaluations[0]
+
+
 def test_nf4_flat_pairs_equal_two_rows(base_dir):
     from transformers import BitsAndBytesConfig
 

@@ -43,7 +43,6 @@ class CPURanks(BasePlugin):
         if cfg.get("deepspeed"):
             patch_deepspeed()
         allow_bf16()
-        keep_nf4_as_it_is()
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         return [Recorder(trainer)] if isinstance(trainer.model, PolicyReferenceModel) else []
@@ -109,17 +108,6 @@ def allow_bf16(put: Put = setattr) -> None:
 
     for module in (transformers.training_args, transformers.utils.import_utils):
         put(module, "is_torch_bf16_gpu_available", lambda: True)
-
-
-def keep_nf4_as_it_is(put: Put = setattr) -> None:
-    """Keep NF4 weights as they are in evaluation.
-
-    On CPUs with AVX512-BF16, bitsandbytes 0.50.2 packs them anew for inference and marks their shared quantisation state
-    (nn/modules.py:613), which neither the gathered copies of FSDP2 and ZeRO-3 nor a training step after it can use.
-    """
-    import bitsandbytes.nn.modules
-
-    put(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
 
 
 class Recorder(TrainerCallback):

@@ -41,6 +41,7 @@ def prepare_models(flat: bool, *models: Any) -> None:
     for model in models:
         if model is None:
             continue
+        keep_nf4_as_packed(model)
         if flat:
             attention.register()
             model.set_attn_implementation(attention.NAME)
@@ -49,6 +50,18 @@ def prepare_models(flat: bool, *models: Any) -> None:
                 f"dpo_plugin: {model.config.model_type!r} is not among the architectures whose head scores tokens in "
                 "chunks, so the logits of all completion tokens are held at once"
             )
+
+
+def keep_nf4_as_packed(model: nn.Module) -> None:
+    """Let an evaluation leave 4-bit weights as training needs them.
+
+    On CPUs with AVX512-BF16, bitsandbytes 0.50.2 packs them anew for inference (nn/modules.py:613), and the next
+    training step fails: "a view of a leaf Variable that requires grad is being used in an in-place operation".
+    tests/integration/test_compute_runs.py evaluates a 4-bit run between its steps.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def make_collator(settings: RunSettings, kwargs: dict[str, Any], flat: bool) -> PairCollator:
