@@ -8,9 +8,11 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_plugin.compute import attention, logps
+from dpo_plugin.compute import head as heads
 from dpo_plugin.compute.batching import PairCollator, shared_segments, to_pair_batch
 from dpo_plugin.compute.checkpointing import layers_to_checkpoint, saved_bytes_per_token
-from dpo_plugin.compute.logps import ForwardOptions, completion_logps, run_model
+from dpo_plugin.compute.head import ForwardOptions
+from dpo_plugin.compute.logps import completion_logps, run_model
 from dpo_plugin.errors import DataError
 from dpo_plugin.model.adapters import attach
 from tests.support import tiny
@@ -128,7 +130,7 @@ def test_the_scoring_head_has_exact_gradients(head, chunk, monkeypatch):
     wanted = gradients(model, expected.sums)
     options = ForwardOptions(wpo=True, entropy=True, chunk=chunk)
     seen = []
-    monkeypatch.setattr(logps, "_scores_and_slope", spy(logps._scores_and_slope, seen))
+    monkeypatch.setattr(heads, "_scores_and_slope", spy(heads._scores_and_slope, seen))
     found = run_model(model, rows, options)
     got = gradients(model, found.sums)
     assert (found.sums - expected.sums).abs().max() <= 1e-9
@@ -152,9 +154,9 @@ def spy(function, seen):
 def test_entropy_by_hand():
     """Logits (0, 0, ln 2) are probabilities 1/4, 1/4, 1/2: 2 · ¼ ln 4 + ½ ln 2 = 1.5 ln 2."""
     logits = torch.tensor([[0.0, 0.0, math.log(2)]], dtype=torch.float64)
-    scores = logps.token_scores(logits, torch.tensor([2]), ForwardOptions(entropy=True))
-    assert scores[0, logps.ENTROPY].item() == pytest.approx(1.5 * math.log(2), abs=1e-12)
-    assert scores[0, logps.LOGP].item() == pytest.approx(-math.log(2), abs=1e-12)
+    scores = heads.token_scores(logits, torch.tensor([2]), ForwardOptions(entropy=True))
+    assert scores[0, heads.ENTROPY].item() == pytest.approx(1.5 * math.log(2), abs=1e-12)
+    assert scores[0, heads.LOGP].item() == pytest.approx(-math.log(2), abs=1e-12)
 
 
 def test_a_frozen_head_gets_no_gradient_and_keeps_its_forward():

@@ -9,7 +9,8 @@ import torch
 from trl import DPOTrainer
 
 from dpo_plugin.compute.batching import PairCollator, to_pair_batch
-from dpo_plugin.compute.logps import ForwardOptions, completion_logps, pair_logps, total_loss
+from dpo_plugin.compute.head import ForwardOptions
+from dpo_plugin.compute.logps import completion_logps, pair_logps, total_loss
 from dpo_plugin.compute.losses import LOSSES, LossOptions
 from dpo_plugin.types import PairLogps
 

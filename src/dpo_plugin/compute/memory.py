@@ -28,7 +28,8 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from dpo_plugin.compute import attention
 from dpo_plugin.compute.batching import PairCollator, to_pair_batch
-from dpo_plugin.compute.logps import ForwardOptions, completion_logps, pair_logps, run_model, scores_in_head
+from dpo_plugin.compute.head import ForwardOptions
+from dpo_plugin.compute.logps import completion_logps, pair_logps, run_model, scores_in_head
 from dpo_plugin.compute.losses import LossOptions, sigmoid
 from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel
 from dpo_plugin.types import CompletionLogps, PairBatch

@@ -9,7 +9,7 @@ from typing import Any
 
 from axolotl.integrations.base import PluginManager
 
-from dpo_plugin.compute import attention, batching, logps
+from dpo_plugin.compute import attention, batching, head, logps
 from dpo_plugin.host.settings import RunSettings
 from dpo_plugin.model.cache import ReferenceLogpStore, store_key, weights_digest
 from dpo_plugin.model.references import ReferenceStrategy
@@ -23,7 +23,7 @@ def open_store(settings: RunSettings, strategy: ReferenceStrategy, base: Any) ->
     cfg = PluginManager.get_instance().cfg
     if not strategy.fixed or (settings.kept_in is None and not cfg.precompute_ref_log_probs):
         return None
-    source = "".join(map(inspect.getsource, (attention, batching, logps)))
+    source = "".join(map(inspect.getsource, (attention, batching, head, logps)))
     key = store_key(
         base=base_identity(base),
         quantisation=[cfg.load_in_4bit, cfg.load_in_8bit, cfg.bnb_config_kwargs],

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import PluginManager
 from safetensors.torch import load_file, save_file
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from dpo_plugin.compute.batching import find_row, to_pair_batch
-from dpo_plugin.compute.logps import ForwardOptions, pair_logps, run_model, total_loss
+from dpo_plugin.compute.head import ForwardOptions
+from dpo_plugin.compute.logps import pair_logps, run_model, total_loss
 from dpo_plugin.compute.losses import LossOptions
 from dpo_plugin.errors import ConfigError, NotFiniteError, ReferenceMismatchError
 from dpo_plugin.host.callbacks import ReferenceCallback
@@ -34,6 +34,7 @@ from dpo_plugin.host.engine import (
 )
 from dpo_plugin.host.health import HealthCallback
 from dpo_plugin.host.log import LOG
+from dpo_plugin.host.metering import LogsMetrics
 from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.progress import Progress
 from dpo_plugin.host.samples import SamplesCallback
@@ -41,8 +42,6 @@ from dpo_plugin.host.store import open_store
 from dpo_plugin.host.travel import Travel
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel, attach
 from dpo_plugin.model.references import KeptReference
-from dpo_plugin.monitor.metrics import MeanMetrics
-from dpo_plugin.monitor.pace import Pace
 from dpo_plugin.registry import get_registry
 from dpo_plugin.types import CompletionLogps, PairBatch, PairLogps
 
@@ -56,7 +55,7 @@ class _HeldByPolicy:
     """Stands in for a reference model when the reference lives in the policy's own adapters."""
 
 
-class PreferenceTrainer(OnAnyEngine, AxolotlDPOTrainer):  # type: ignore[misc]
+class PreferenceTrainer(OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: ignore[misc]
     """DPO with policy and reference on one base model.
 
     Args:
@@ -74,7 +73,6 @@ class PreferenceTrainer(OnAnyEngine, AxolotlDPOTrainer):  # type: ignore[misc]
             set_seed(kwargs["args"].seed)  # a fresh LoRA is the same on all ranks, however much each has drawn before
             model = attach(base, adapter, self._settings.reference)
             model.name_base(str(model.config.name_or_path), PluginManager.get_instance().cfg.revision_of_model)
-        self._travel: Travel | None = None
         flat = shares_prefixes(self._settings, base)
         prepare_models(flat, base, ref_model)
         kwargs["data_collator"] = make_collator(self._settings, kwargs, flat)
@@ -99,12 +97,7 @@ class PreferenceTrainer(OnAnyEngine, AxolotlDPOTrainer):  # type: ignore[misc]
         if wanted is not None and self.args.gradient_checkpointing:
             self.add_callback(CheckpointLayers(self, wanted))
         self.add_callback(HealthCallback(self, self._settings.health_checks, self._settings.config.report))
-        self._means = {
-            mode: MeanMetrics(self._settings.metrics, get_registry().metrics.owner, strategy.equals_policy_at_start())
-            for mode in ("train", "eval")
-        }
-        self._pace = Pace()
-        self._eval_prefix = "eval"
+        self._set_up_metrics(self._settings.metrics, strategy.equals_policy_at_start())
         self._check_step_zero = strategy.equals_policy_at_start()
         if self.accelerator.is_main_process:
             self._say_what_is_trained(model)
@@ -292,45 +285,6 @@ class PreferenceTrainer(OnAnyEngine, AxolotlDPOTrainer):  # type: ignore[misc]
             yield
         finally:
             state._set_sync_gradients(before)
-
-    # ── metrics ──
-
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Evaluate, with our metrics under the prefix that is asked for."""
-        self._eval_prefix = metric_key_prefix
-        metrics: dict[str, float] = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        return metrics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add our metrics, averaged over all pairs of all ranks since the last line."""
-        mode = "train" if self.model.training else "eval"
-        prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
-        found = self._means[mode].result(self._sum, self.accelerator.gather, self._everyones)
-        if mode == "train" and found:
-            found |= self.travelled() | self._pace.result(self._sum, self.accelerator.device)
-        logs.update({f"{prefix}{name}": value for name, value in found.items()})
-        super().log(logs, start_time)
-
-    def travelled(self) -> dict[str, float]:
-        """How far the policy adapter has gone from the reference, and since the last call; every rank must call it."""
-        if self._travel is None:
-            return {}
-        return self._travel.figures(self.model, self._sum, self.accelerator.process_index)
-
-    def remember_start(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Let a resumed run measure displacement from the log-probs per token that its first line had."""
-        names = ("logps/chosen_per_token", "logps/rejected_per_token")
-        for mode, prefix in (("train", ""), ("eval", "eval_")):
-            start = next((line for line in lines if all(prefix + name in line for name in names)), None)
-            if start is not None:
-                self._means[mode].start = (start[prefix + names[0]], start[prefix + names[1]])
-
-    def _sum(self, values: Tensor) -> Tensor:
-        total: Tensor = self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
-        return total
-
-    def _everyones(self, value: Any) -> list[Any]:
-        return list(gather_object([value]))
 
     # ── checkpoints ──
 

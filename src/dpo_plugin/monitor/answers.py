@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from dpo_plugin.compute.batching import PairCollator, to_pair_batch
-from dpo_plugin.compute.logps import ForwardOptions, run_model, unwrapped
+from dpo_plugin.compute.head import ForwardOptions
+from dpo_plugin.compute.logps import run_model, unwrapped
 from dpo_plugin.model.adapters import PolicyReferenceModel
 from dpo_plugin.model.references import ReferenceStrategy
 from dpo_plugin.monitor.samples import Answer, Sample

@@ -1,0 +1,202 @@
+"""A language model's head as a scorer of tokens: fp32, some rows at a time, with exact gradients and no logits kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from dpo_plugin.types import PairBatch
+
+CHUNK_BYTES = 64 * 2**20
+"""fp32 logits that are held at a time unless the config says how many rows."""
+
+LOGP, MEAN_LOGIT, LOG_COLLISION, ENTROPY = range(4)
+"""Columns of what a head says of a token: log π(token), mean logit, log Σ_v π(v)² for WPO, and entropy in nats."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardOptions:
+    """How completions are scored.
+
+    Attributes:
+        wpo: Also compute WPO weights (Zhou et al. 2024, arXiv 2406.11827, eq. 2).
+        ld_alpha: Weight of the tokens beyond the length of the pair's shorter completion: LD-DPO (Liu et al. 2024,
+            arXiv 2409.06411); None or 1 leaves them as they are.
+        entropy: Also compute the entropy of each token's distribution.
+        chunk: Completion tokens whose logits are held at a time; None for `CHUNK_BYTES` of them.
+    """
+
+    wpo: bool = False
+    ld_alpha: float | None = None
+    entropy: bool = False
+    chunk: int | None = None
+
+
+@contextmanager
+def scoring_head(head: Any, batch: PairBatch, options: ForwardOptions) -> Iterator[None]:
+    """Let a head return scores of the completion tokens, (1, tokens, columns), instead of logits of all positions."""
+    before = head.__dict__.get("forward")
+    logits_of = head.forward
+
+    def forward(hidden: Tensor) -> Tensor:
+        rows = hidden.flatten(0, -2)[batch.predicts]
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
+        scores = chunked_scores(logits_of, rows, batch.labels, options, trains, _vocabulary(head), _is_product(head))
+        return scores[None]
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before
+
+
+def _is_product(head: Any) -> bool:
+    """Whether the head's logits are W h and nothing else."""
+    return (
+        isinstance(head, nn.Linear)
+        and getattr(head, "bias", None) is None
+        and head.weight.dtype in (torch.float32, torch.float64)
+    )
+
+
+def _vocabulary(head: Any) -> int:
+    return int(getattr(head, "out_features", None) or head.weight.shape[0])
+
+
+def chunked_scores(
+    logits_of: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    labels: Tensor,
+    options: ForwardOptions,
+    head_trains: bool,
+    vocabulary: int,
+    product: bool = False,
+) -> Tensor:
+    """Score tokens with the logits of one chunk at a time; gradients are exact.
+
+    A frozen head's log π(y|h) depends on its row h alone, so ∂ log π/∂h = ∂logits/∂h · (onehot(y) − π) is kept from the
+    forward, (tokens, hidden), and backward is one product per row; no logits are computed twice and none are kept. A
+    head that trains needs the gradient of the loss first, so its chunks are computed again in backward.
+
+    If logits are W h, the kept gradient g = Wᵀ(onehot(y) − π) gives the entropy for one product of a row: it is
+    log Z − Σ π(v) logit(v), and h · g = logit(y) − Σ π(v) logit(v), so it is h · g − log π(y).
+
+    Args:
+        logits_of: The head: (n, hidden) → (n, vocabulary).
+        hidden: (tokens, hidden).
+        labels: (tokens,).
+        options: How completions are scored.
+        head_trains: Whether the head has parameters that train.
+        vocabulary: Its size, for the default chunk.
+        product: Whether the head's logits are W h, in fp32 at least.
+
+    Returns:
+        (tokens, columns), fp32 or fp64.
+    """
+    size = options.chunk or max(1, CHUNK_BYTES // (4 * vocabulary))
+    if not head_trains:
+        return _FrozenHead.apply(hidden, labels, logits_of, options, size, product)  # type: ignore[no-any-return,no-untyped-call]
+
+    def scores(rows: Tensor, wanted: Tensor) -> Tensor:
+        return token_scores(logits_of(rows), wanted, options)
+
+    chunks = zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
+    return torch.cat([checkpoint(scores, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        logits_of: Callable[[Tensor], Tensor],
+        options: ForwardOptions,
+        size: int,
+        product: bool,
+    ) -> Tensor:
+        wants_gradient = ctx.needs_input_grad[0]
+        scores: list[Tensor] = []
+        slopes: list[Tensor] = []
+        for rows, wanted in zip(torch.split(hidden, size), torch.split(labels, size), strict=True):
+            rows = rows.detach().requires_grad_(wants_gradient)
+            with torch.set_grad_enabled(wants_gradient):
+                logits = logits_of(rows)
+            by_product = options.entropy and product and wants_gradient and logits.dtype.itemsize >= 4
+            rest = replace(options, entropy=False) if by_product else options
+            columns, slope = _scores_and_slope(logits.detach(), wanted, rest, wants_gradient)
+            scores.append(columns)
+            if slope is not None:
+                slopes += torch.autograd.grad(logits, rows, slope)
+            if by_product:
+                columns[:, ENTROPY] = torch.linalg.vecdot(rows.detach(), slopes[-1]) - columns[:, LOGP]
+        if slopes:
+            ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(scores)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return (gradient[:, LOGP, None] * slopes).to(slopes.dtype), None, None, None, None, None
+
+
+def _scores_and_slope(
+    logits: Tensor, labels: Tensor, options: ForwardOptions, slope: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`token_scores`, and onehot(label) − π; takes one buffer of the logits' size, or two; overwrites fp32."""
+    dtype = logits.dtype
+    values = at_least_fp32(logits)
+    mean = values.mean(dim=-1)
+    picked = values.gather(1, labels[:, None])[:, 0]
+    highest = values.amax(dim=-1, keepdim=True)
+    values.sub_(highest)
+    powers = values.exp() if options.entropy else values.exp_()
+    total = powers.sum(dim=-1, keepdim=True)
+    nothing = torch.zeros_like(mean)
+    entropy = collision = nothing
+    if options.entropy:  # log Z − Σ π(v) (logit − max), which needs no logarithm of each probability
+        entropy = total[:, 0].log() - torch.linalg.vecdot(powers, values) / total[:, 0]
+    values = powers.div_(total)
+    if options.wpo:
+        collision = 2 * torch.linalg.vector_norm(values, dim=-1).log()
+    scores = torch.stack([picked - (highest + total.log())[:, 0], mean, collision, entropy], dim=1)
+    if not slope:
+        return scores, None
+    values.neg_().scatter_add_(1, labels[:, None], torch.ones_like(values[:, :1]))
+    return scores, values.to(dtype)
+
+
+def token_scores(logits: Tensor, labels: Tensor, options: ForwardOptions) -> Tensor:
+    """(tokens, columns) of what logits say of labels; only the first column has a gradient.
+
+    Args:
+        logits: (tokens, vocabulary), any float dtype; taken to fp32 first. TRL 1.9 takes the log-softmax and its sum in
+            the model's dtype, which in bf16 moves rewards in steps of 0.05 (trl/trainer/dpo_trainer.py:1347).
+        labels: (tokens,).
+        options: Which columns are wanted; others are 0.
+    """
+    values = at_least_fp32(logits)
+    normaliser = values.logsumexp(dim=-1)
+    logps = values.gather(1, labels[:, None])[:, 0] - normaliser
+    with torch.no_grad():
+        nothing = torch.zeros_like(logps)
+        collision = (2 * values).logsumexp(dim=-1) - 2 * normaliser if options.wpo else nothing
+        entropy = torch.special.entr((values - normaliser[:, None]).exp()).sum(dim=-1) if options.entropy else nothing
+        rest = values.mean(dim=-1), collision, entropy
+    return torch.stack([logps, *rest], dim=1)
+
+
+def at_least_fp32(values: Tensor) -> Tensor:
+    """The values in fp32, or as they are if they are finer."""
+    return values if values.dtype == torch.float64 else values.float()
