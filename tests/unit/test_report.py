@@ -24,7 +24,6 @@ from dpo_plugin.types import Finding
 from tests.unit.test_health import recorded
 from tests.unit.test_metrics import some_pairs
 
-
 NOT_RECORDED = {"entropy", "travel", "speed"}
 """Panels of fields that came after the runs were recorded."""
 
