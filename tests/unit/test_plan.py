@@ -363,13 +363,16 @@ def test_a_whole_quantised_model_that_does_not_load_is_sharded_instead(tmp_path)
     assert larger.change("zero3") == {"embeddings_skip_upcast": True}
 
 
-def test_another_engines_lines_are_yaml_that_is_planned_as_that_engine(tmp_path):
-    made = planner(tmp_path)
+@pytest.mark.parametrize(
+    "settings", [{}, {"adapter": "lora", "load_in_4bit": False}, {"adapter": None, "load_in_4bit": False}]
+)
+def test_another_engines_lines_are_yaml_that_is_planned_as_that_engine(tmp_path, settings):
+    made = planner(tmp_path, **settings)
     found = made.verdict("fsdp2")
     lines = yaml.safe_load("\n".join(found["recipe"]))
     assert lines["fsdp_version"] == 2
     assert lines["fsdp_config"]["transformer_layer_cls_to_wrap"] == "Qwen2DecoderLayer"
-    again = planner(tmp_path, **lines)
+    again = planner(tmp_path, **settings, **lines)
     assert again.used == "fsdp2"
     assert again.verdict("fsdp2")["parts_gib"] == found["parts_gib"]
     assert again.verdict("ddp")["recipe"] == ["fsdp_config: null", "fsdp_version: null"]

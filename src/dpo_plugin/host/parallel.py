@@ -72,12 +72,17 @@ def check_fsdp(cfg: Mapping[str, Any]) -> None:
             "`fsdp_config.cpu_ram_efficient_loading: true` is refused by axolotl with load_in_4bit: one rank would "
             "quantise what the others hold in full. Write: cpu_ram_efficient_loading: false"
         )
-    if cfg.get("adapter") != "lora" or cfg.get("load_in_8bit"):
+    if not may_load_once(cfg):
         raise ConfigError(
             "`fsdp_config.cpu_ram_efficient_loading: true` is tested with `adapter: lora` on a base in 16 bits, and "
             f"this is `adapter: {cfg.get('adapter')}`, `load_in_8bit: {bool(cfg.get('load_in_8bit'))}`: ranks may be "
             "left with weights that were never loaded. Write: cpu_ram_efficient_loading: false"
         )
+
+
+def may_load_once(cfg: Mapping[str, Any]) -> bool:
+    """Whether ``cpu_ram_efficient_loading`` is tested with a config's adapter and base (tests/ranks)."""
+    return cfg.get("adapter") == "lora" and not cfg.get("load_in_4bit") and not cfg.get("load_in_8bit")
 
 
 def read_deepspeed(setting: Any) -> Mapping[str, Any]:

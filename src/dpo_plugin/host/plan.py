@@ -18,7 +18,7 @@ from dpo_plugin.compute.sharding import Held, Run
 from dpo_plugin.config import parse_config
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.host.log import LOG
-from dpo_plugin.host.parallel import SHIPPED, fsdp_config, offloads_to_host
+from dpo_plugin.host.parallel import SHIPPED, fsdp_config, may_load_once, offloads_to_host
 from dpo_plugin.host.plan_config import (
     ENGINES,
     adapter_configs,
@@ -174,13 +174,13 @@ class Planner:
         )
 
     def held(self, engine: str, cfg: Mapping[str, Any], run: Run) -> Held:
-        """What an engine held beside activations."""
+        """What an engine holds beside activations."""
         sizes = self.model(cfg).sizes
         if engine == "ddp":
             return sharding.ddp(sizes, run)
         if engine == "fsdp2":
             fsdp = fsdp_config(cfg)
-            one_rank_loads = bool(fsdp.get("cpu_ram_efficient_loading", not fsdp))
+            one_rank_loads = bool(fsdp.get("cpu_ram_efficient_loading", not fsdp and may_load_once(cfg)))
             return sharding.fsdp2(sizes, run, bool(fsdp.get("offload_params")), one_rank_loads)
         hidden = self.config.get_text_config().hidden_size
         return sharding.zero3(sizes, run, zero3_settings(cfg, engine, hidden, run.width))
@@ -276,8 +276,8 @@ class Planner:
             copy = f"<a copy of {SHIPPED}{moved} in zero_optimization>"
             lines = [f"deepspeed: {SHIPPED if engine == 'zero3' else copy}"]
         if engine == "fsdp2":
-            four, kind = bool(cfg.get("load_in_4bit")), self.model(cfg).sizes.layer_class
-            keys = f"offload_params: false, cpu_ram_efficient_loading: {str(not four).lower()}"
+            kind, once = self.model(cfg).sizes.layer_class, str(may_load_once(cfg)).lower()
+            keys = f"offload_params: false, cpu_ram_efficient_loading: {once}"
             wrap = f"auto_wrap_policy: TRANSFORMER_BASED_WRAP, transformer_layer_cls_to_wrap: {kind}"
             more = "reshard_after_forward: true, state_dict_type: FULL_STATE_DICT"
             lines = ["fsdp_version: 2", f"fsdp_config: {{{keys}, {wrap}, {more}}}"]
