@@ -298,7 +298,7 @@ def speed(root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]
             missing["liger"] = f"{type(error).__name__}: {error}"
             del made["liger"]
     for name, reason in missing.items():
-        yield {"does_not_run": name, "reason": str(reason).splitlines()[0][:200]}
+        yield {"does_not_run": name, "reason": " ".join(str(reason).split())[:600]}
     shares = [0.5] if arguments.quick else [0.1, 0.3, 0.5, 0.7, 0.9]
     cases = [(1, share) for share in [*shares, None]] + [(4, 0.5), (4, None)]
     if arguments.case:
@@ -479,7 +479,8 @@ def main() -> None:
     versions = {name: importlib.metadata.version(name) for name in names}
     machine = {"python": platform.python_version(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     results: list[dict[str, Any]] = [{"versions": versions, "machine": machine}]
-    with tempfile.TemporaryDirectory() as temporary:
+    # axolotl 0.19 takes a base model with "mpt" in its path for an MPT (utils/schemas/validation.py:1569): /tmp/tmpt…
+    with tempfile.TemporaryDirectory(prefix="dpo-bench-") as temporary:
         for job in (speed, memory, growth, head, metrics):
             if arguments.only in (None, job.__name__):
                 for found in job(Path(temporary), arguments):
