@@ -25,6 +25,10 @@ def test_an_evaluation(prefix, name):
     assert summary(line, 7, 120) == f"step   7/120  {name}  loss 0.5000  margin -1.000  3 pairs/s"
 
 
+def test_an_evaluation_without_training():
+    assert summary({"eval_loss": 0.5}, 0, 0) == "held-out  loss 0.5000"
+
+
 def test_the_end_of_a_run_and_a_line_of_another_trainer():
     assert (
         summary({"train_runtime": 83.2, "train_samples_per_second": 5.901}, 20, 20)

@@ -25,7 +25,7 @@ def summary(line: Mapping[str, Any], step: int, steps: int) -> str:
     Args:
         line: Fields of a training step, of an evaluation, or of the end of a run.
         step: The step.
-        steps: How many are planned.
+        steps: How many are planned; 0 in an evaluation without training.
 
     Returns:
         A line without a newline; empty if there is nothing in it that is shown.
@@ -40,7 +40,8 @@ def summary(line: Mapping[str, Any], step: int, steps: int) -> str:
     if not shown:
         return ""
     held_out = [prefix.replace("eval", "held-out", 1).rstrip("_")] if prefix else []
-    return "  ".join([f"step {step:>{len(str(steps))}}/{steps}", *held_out, *shown])
+    where = [f"step {step:>{len(str(steps))}}/{steps}"] if steps else []
+    return "  ".join([*where, *held_out, *shown])
 
 
 def duration(seconds: float) -> str:
