@@ -155,6 +155,17 @@ def test_offload_to_a_host_without_memory(engine, key, base_dir, sft_dir, tmp_pa
     plan.check_host_memory(config, "this config")
 
 
+def test_a_model_that_cannot_be_planned_is_not_refused_for_it(base_dir, sft_dir, tmp_path, monkeypatch):
+    def fails(*_):
+        raise ConfigError("no plan. Write: nothing")
+
+    offload = {"deepspeed": "deepspeed_configs/zero3_bf16_offload.json"}
+    monkeypatch.setattr(plan.Planner, "need", fails)
+    plan.check_host_memory(
+        dpo_config(base_dir, tmp_path / "out", lora_model_dir=str(sft_dir), **offload), "this config"
+    )
+
+
 def test_an_adapter_folder_without_config(base_dir, sft_dir, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -22,16 +22,26 @@ def check_parallel(cfg: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: Naming the key and the line to write.
     """
-    if cfg.get("deepspeed") and (cfg.get("fsdp_config") or cfg.get("fsdp")):
-        raise ConfigError(
-            "`deepspeed` and `fsdp_config` are both set, and only one of them can shard the model. Remove one: for "
-            "ZeRO-3 keep deepspeed: deepspeed_configs/zero3_bf16.json"
-        )
+    check_one_engine(cfg)
     _check_devices()
     if cfg.get("deepspeed"):
         _check_deepspeed(cfg, read_deepspeed(cfg["deepspeed"]))
     if cfg.get("fsdp_config") or cfg.get("fsdp"):
         check_fsdp(cfg)
+
+
+def check_one_engine(cfg: Mapping[str, Any]) -> None:
+    """Check that not both of DeepSpeed and FSDP are asked for.
+
+    Raises:
+        ConfigError: If they are.
+    """
+    fsdp = next((key for key in ("fsdp_config", "fsdp") if cfg.get(key)), None)
+    if cfg.get("deepspeed") and fsdp:
+        raise ConfigError(
+            f"`deepspeed` and `{fsdp}` are both set, and only one of them can shard the model. Remove one. "
+            f"Write: {fsdp}: null"
+        )
 
 
 def engine_that_shards(cfg: Mapping[str, Any]) -> str | None:

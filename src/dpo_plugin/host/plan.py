@@ -107,11 +107,12 @@ def check_host_memory(cfg: Mapping[str, Any], path: str) -> None:
     """
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or 0) or torch.cuda.device_count() or 1
     try:
-        planner = Planner(cfg, path, Machine(here, 0, memory_here()))
+        shortage = Planner(cfg, path, Machine(here, 0, memory_here())).host_shortage()
     except ConfigError as error:
         LOG.warning(f"dpo_plugin: whether the host's memory is enough for what is moved to it is not known: {error}")
         return
-    planner.check_host()
+    if shortage:
+        raise ConfigError(shortage)
 
 
 class Planner:
@@ -291,7 +292,8 @@ class Planner:
         Raises:
             ConfigError: If the config offloads to a host that has too little memory.
         """
-        self.check_host()
+        if shortage := self.host_shortage():
+            raise ConfigError(shortage)
         sizes, run = self.model(self.cfg).sizes, self.run(self.cfg, self.used)
         step, parameters = self.step(self.cfg, run, self.used, True), sum(sizes.linear) + sum(sizes.other)
         return {
@@ -310,21 +312,19 @@ class Planner:
             "notes": self._notes(),
         }
 
-    def check_host(self) -> None:
-        """Check the memory of the host that the config moves weights or states to.
-
-        Raises:
-            ConfigError: If it has too little.
-        """
+    def host_shortage(self) -> str | None:
+        """What to say where the config moves weights or states to a host that has too little memory."""
         if not offloads_to_host(self.cfg):
-            return
-        key = "fsdp_config.offload_params" if self.used == "fsdp2" else "deepspeed"
+            return None
         need, has = self.need(self.used, self.cfg).host, self.machine.host
-        if need > has:
-            raise ConfigError(
-                f"`{key}` moves what it can to the host, which takes {gib(need)} GiB for all ranks and has {gib(has)}. "
-                f"Write: --host-memory {math.ceil(need / GIB)} if the node has as much, else deepspeed: {SHIPPED}"
-            )
+        if need <= has:
+            return None
+        key = "fsdp_config.offload_params" if self.used == "fsdp2" else "deepspeed"
+        return (
+            f"`{key}` moves what it can to the host, which takes {gib(need)} GiB for all ranks and has {gib(has)}. "
+            f"Take a node of {math.ceil(need / GIB)} GiB (plan takes --host-memory {math.ceil(need / GIB)}). "
+            f"Write: deepspeed: {SHIPPED}"
+        )
 
     def _notes(self) -> list[str]:
         cfg, notes = self.cfg, []

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from dpo_plugin.compute.sharding import Zero3
 from dpo_plugin.config import parse_config
 from dpo_plugin.errors import ConfigError
-from dpo_plugin.host.parallel import SHIPPED, check_fsdp, offloads, read_deepspeed
+from dpo_plugin.host.parallel import SHIPPED, check_fsdp, check_one_engine, offloads, read_deepspeed
 from dpo_plugin.model.adapters import POLICY, REFERENCE
 from dpo_plugin.registry import get_registry
 
@@ -42,9 +42,8 @@ def check(cfg: Mapping[str, Any], path: str) -> str:
             f"`load_in_4bit: {four}` and `load_in_8bit: {eight}` do not go with `adapter: {adapter}`: axolotl takes "
             "4 bits for qlora alone and 8 for lora alone. Write: adapter: qlora, load_in_4bit: true"
         )
+    check_one_engine(cfg)
     engines = [key for key in ("deepspeed", "fsdp_config", "fsdp") if cfg.get(key)]
-    if engines[:1] == ["deepspeed"] and len(engines) > 1:
-        raise ConfigError(f"`deepspeed` and `{engines[1]}` are both set, and one has to go. Write: {engines[1]}: null")
     if engines and eight:
         raise ConfigError(
             f"`{engines[0]}` does not partition the int8 weights of `load_in_8bit: true`. "
@@ -53,9 +52,8 @@ def check(cfg: Mapping[str, Any], path: str) -> str:
     if not engines:
         return "ddp"
     if engines == ["deepspeed"]:
-        return (
-            "zero3_offload" if any(offloads(zero3_config(cfg["deepspeed"])["zero_optimization"]).values()) else "zero3"
-        )
+        zero = zero3_config(cfg["deepspeed"])["zero_optimization"]
+        return "zero3_offload" if any(offloads(zero).values()) else "zero3"
     check_fsdp(cfg)
     return "fsdp2"
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -90,7 +91,7 @@ def _square_distance(a: Tensor, b: Tensor | None) -> Tensor:
 def _parts(model: PolicyReferenceModel, rank: int) -> Iterator[tuple[str, Tensor, int, bool]]:
     """For each policy tensor: name, the flat part that this rank updates, its first index, whether this rank counts."""
     for name, parameter in model.policy_parameters():
-        yield name.replace("_checkpoint_wrapped_module.", ""), *_part(parameter, rank)
+        yield name.replace(_CHECKPOINT_PREFIX, ""), *_part(parameter, rank)
 
 
 def _part(parameter: Any, rank: int) -> tuple[Tensor, int, bool]:
