@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-import difflib
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dpo_plugin.errors import ConfigError
+from dpo_plugin.validation import Number, Text, message
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """Strict, because text for a number or ``true`` for 1 is a slip; ``examples`` are the lines that errors propose."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ReferenceConfig(_Section):
     """Where the reference's log-probs come from."""
 
-    strategy: str | None = Field(
+    strategy: Text | None = Field(
         default=None,
+        examples=["adapter"],
         description="adapter, base, model, ema, none, or any registered reference strategy. Default: adapter if "
         "lora_model_dir is set, base for a fresh LoRA, model for full fine-tuning.",
     )
-    adapter_dir: str | None = Field(
+    adapter_dir: Text | None = Field(
         default=None,
+        examples=["./SFT_LoRA"],
         description="Folder of the reference adapter, for strategy: adapter or ema. Default: lora_model_dir.",
     )
-    cache: bool | str | None = Field(
+    cache: bool | Text | None = Field(
         default=None,
+        examples=[True],
         description="Keep the reference's log-probs on disk: true (beside dataset_prepared_path), false, or a folder. "
         "Default: true for a reference that stays as it is.",
     )
-    ema_alpha: float = Field(
+    ema_alpha: Number = Field(
         default=0.6,
         gt=0,
         le=1,
@@ -43,27 +48,43 @@ class ReferenceConfig(_Section):
 class ColumnsConfig(_Section):
     """Column names of the data, where they differ from the usual; each is a column of every data set."""
 
-    chosen: str | None = Field(default=None, description="Preferred conversation or answer. Default: chosen.")
-    rejected: str | None = Field(default=None, description="The other one. Default: rejected.")
-    prompt: str | None = Field(default=None, description="Prompt, text or messages. Default: prompt.")
-    messages: str | None = Field(default=None, description="Shared history. Default: messages.")
-    question: str | None = Field(default=None, description="Question. Default: question.")
-    system: str | None = Field(default=None, description="System message. Default: system.")
-    source: str | None = Field(default=None, description="Where a row comes from. Default: source.")
-    tools: str | None = Field(default=None, description="Tool definitions. Default: tools.")
-    template_kwargs: str | None = Field(
-        default=None, description="Chat template arguments of a row. Default: chat_template_kwargs."
+    chosen: Text | None = Field(
+        default=None, examples=["chosen"], description="Preferred conversation or answer. Default: chosen."
     )
-    role: str | None = Field(default=None, description="Key of a message's role. Default: role, or from.")
-    content: str | None = Field(default=None, description="Key of a message's text. Default: content, or value.")
+    rejected: Text | None = Field(default=None, examples=["rejected"], description="The other one. Default: rejected.")
+    prompt: Text | None = Field(
+        default=None, examples=["prompt"], description="Prompt, text or messages. Default: prompt."
+    )
+    messages: Text | None = Field(default=None, examples=["messages"], description="Shared history. Default: messages.")
+    question: Text | None = Field(default=None, examples=["question"], description="Question. Default: question.")
+    system: Text | None = Field(default=None, examples=["system"], description="System message. Default: system.")
+    source: Text | None = Field(
+        default=None, examples=["source"], description="Where a row comes from. Default: source."
+    )
+    tools: Text | None = Field(default=None, examples=["tools"], description="Tool definitions. Default: tools.")
+    template_kwargs: Text | None = Field(
+        default=None,
+        examples=["chat_template_kwargs"],
+        description="Chat template arguments of a row. Default: chat_template_kwargs.",
+    )
+    role: Text | None = Field(
+        default=None, examples=["role"], description="Key of a message's role. Default: role, or from."
+    )
+    content: Text | None = Field(
+        default=None, examples=["content"], description="Key of a message's text. Default: content, or value."
+    )
+
+
+Role = Literal["system", "user", "assistant", "tool"]
 
 
 class DataConfig(_Section):
     """How preference data is read."""
 
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig, description="Column names.")
-    roles: dict[str, str] = Field(
+    roles: dict[Text, Role] = Field(
         default_factory=dict,
+        examples=[{"visitor": "user"}],
         description="Role names in the data → system, user, assistant or tool, beside those known by default.",
     )
     truncation_side: Literal["left", "right"] = Field(
@@ -76,10 +97,10 @@ class DataConfig(_Section):
         description="A row whose text contains a special token such as <|im_end|>: refuse it, or allow the tokenizer "
         "to turn it into that control token.",
     )
-    sample_fraction: float = Field(
+    sample_fraction: Number = Field(
         default=1.0, gt=0, le=1, description="Share of each data set's rows that is used, drawn with the config's seed."
     )
-    max_bad_rows: float = Field(
+    max_bad_rows: Number = Field(
         default=0.1, ge=0, le=1, description="Share of unusable rows of a data set above which the run stops."
     )
 
@@ -90,14 +111,15 @@ class LossConfig(_Section):
     f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
         default="reverse_kl", description="Divergence between policy and reference. Plain DPO: reverse_kl."
     )
-    f_alpha: float = Field(default=0.5, description="α of alpha_divergence; 1 is the reverse KL.")
-    ld_alpha: float | None = Field(
+    f_alpha: Number = Field(default=0.5, description="α of alpha_divergence; 1 is the reverse KL.")
+    ld_alpha: Number | None = Field(
         default=None,
+        examples=[0.5],
         ge=0,
         le=1,
         description="LD-DPO: weight of the tokens beyond the length of the pair's shorter answer. Default: 1.",
     )
-    discopop_tau: float = Field(default=0.05, gt=0, description="Temperature of the loss discopop.")
+    discopop_tau: Number = Field(default=0.05, gt=0, description="Temperature of the loss discopop.")
 
 
 class ComputeConfig(_Section):
@@ -111,24 +133,27 @@ class ComputeConfig(_Section):
     )
     logits_chunk: int | None = Field(
         default=None,
+        examples=[256],
         ge=1,
         description="Completion tokens whose logits are held at a time. Default: 64 MiB of fp32 logits.",
     )
     max_tokens: int | None = Field(
         default=None,
+        examples=[8192],
         ge=1,
         description="Most tokens in one forward. A micro-batch that has more is split over several forwards and "
         "backwards, with the same gradient, so micro_batch_size can be all pairs of a step. Default: no limit.",
     )
-    checkpoint_layers: Literal["auto"] | int | None = Field(
+    checkpoint_layers: Literal["auto"] | Annotated[int, Field(ge=0)] | None = Field(
         default=None,
-        ge=0,
+        examples=["auto"],
         description="With gradient_checkpointing: how many decoder layers are checkpointed. auto: as few as the GPU's "
         "memory allows for the longest micro-batch; where that is unknown, all. Default: all.",
     )
 
 
-Action = Literal["warn", "stop", "off"]
+Action = Annotated[Literal["warn", "stop", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
+"""What happens on a finding; YAML 1.1 reads ``off`` as false."""
 
 
 class HealthConfig(_Section):
@@ -137,13 +162,17 @@ class HealthConfig(_Section):
     action: Action = Field(
         default="warn", description="warn: say it and go on; stop: save and stop the run; off: do not look."
     )
-    checks: dict[str, Action] = Field(default_factory=dict, description="Another action for single checks, by name.")
+    checks: dict[Text, Action] = Field(
+        default_factory=dict,
+        examples=[{"overfitting": "stop"}],
+        description="Another action for single checks, by name.",
+    )
 
 
 class SamplesConfig(_Section):
     """Answers of policy and reference side by side, during training and in ``axolotl dpo compare``."""
 
-    prompts: str = Field(
+    prompts: Text = Field(
         default="eval",
         description="eval: the prompts of the first pairs of the evaluation data; or a file, JSON lines with prompt "
         "(text) or messages (chat), or plain text with one prompt per line.",
@@ -151,7 +180,7 @@ class SamplesConfig(_Section):
     count: int = Field(default=4, ge=1, description="With prompts: eval, how many different prompts.")
     every_steps: int = Field(default=100, ge=1, description="Optimizer steps between samples; also at the last step.")
     max_new_tokens: int = Field(default=256, ge=1, description="Most tokens of an answer.")
-    temperature: float = Field(
+    temperature: Number = Field(
         default=0.0, ge=0, description="0: the likeliest token each time (greedy). Above: answers are drawn with it."
     )
 
@@ -159,25 +188,38 @@ class SamplesConfig(_Section):
 class DPOPluginConfig(_Section):
     """The whole section."""
 
-    reference: ReferenceConfig = Field(default_factory=ReferenceConfig, description="The reference policy.")
-    data: DataConfig = Field(default_factory=DataConfig, description="How preference data is read.")
-    loss: LossConfig = Field(default_factory=LossConfig, description="The loss.")
-    compute: ComputeConfig = Field(default_factory=ComputeConfig, description="How a step is computed.")
-    health: HealthConfig = Field(default_factory=HealthConfig, description="Health checks during the run.")
+    reference: ReferenceConfig = Field(
+        default_factory=ReferenceConfig, examples=[{"strategy": "adapter"}], description="The reference policy."
+    )
+    data: DataConfig = Field(
+        default_factory=DataConfig, examples=[{"sample_fraction": 1.0}], description="How preference data is read."
+    )
+    loss: LossConfig = Field(default_factory=LossConfig, examples=[{"ld_alpha": 0.5}], description="The loss.")
+    compute: ComputeConfig = Field(
+        default_factory=ComputeConfig, examples=[{"max_tokens": 8192}], description="How a step is computed."
+    )
+    health: HealthConfig = Field(
+        default_factory=HealthConfig, examples=[{"action": "warn"}], description="Health checks during the run."
+    )
     report: bool = Field(default=True, description="Write report.html into output_dir at the end of the run.")
-    metrics: list[str] | None = Field(
+    metrics: list[Text] | None = Field(
         default=None,
+        examples=[["logratios/margin_per_token"]],
         description="Names of registered metrics to log beside the usual ones. Default: all registered.",
     )
     samples: SamplesConfig | None = Field(
-        default=None, description="Answers of policy and reference during training. Default: none."
+        default=None,
+        examples=[{"every_steps": 100}],
+        description="Answers of policy and reference during training. Default: none.",
     )
 
 
 class DPOPluginArgs(BaseModel):
     """What is mixed into axolotl's config schema: one nested key, so that nothing of the host's is shadowed."""
 
-    dpo_plugin: DPOPluginConfig | None = Field(default=None, description="Settings of dpo_plugin.")
+    dpo_plugin: DPOPluginConfig | None = Field(
+        default=None, examples=[{"reference": {"strategy": "adapter"}}], description="Settings of dpo_plugin."
+    )
 
 
 def parse_config(section: Any) -> DPOPluginConfig:
@@ -190,24 +232,6 @@ def parse_config(section: Any) -> DPOPluginConfig:
         ConfigError: Naming the key, and for an unknown key the known ones.
     """
     try:
-        return DPOPluginConfig.model_validate(section or {})
+        return DPOPluginArgs(dpo_plugin=section).dpo_plugin or DPOPluginConfig()
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error
-
-
-def _explain(problem: Any) -> str:
-    path = [str(part) for part in problem["loc"]]
-    key = ".".join(["dpo_plugin", *path])
-    if problem["type"] != "extra_forbidden":
-        return f"`{key}`: {problem['msg']} (found {problem['input']!r})"
-    known = _keys_at(path[:-1])
-    close = difflib.get_close_matches(path[-1], known, n=1)
-    return f"unknown key `{key}`. Known: {', '.join(known)}. Write: {(close or known)[0]}: …"
-
-
-def _keys_at(path: list[str]) -> list[str]:
-    model: type[BaseModel] = DPOPluginConfig
-    for part in path:
-        annotation = model.model_fields[part].annotation
-        model = next(kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
-    return sorted(model.model_fields)
+        raise ConfigError(message(error, DPOPluginArgs)) from error
