@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dpo_plugin.errors import ConfigError
-from dpo_plugin.validation import Number, Text, message
+from dpo_plugin.validation import Folder, Number, Text, message
 
 
 class _Section(BaseModel):
@@ -30,7 +30,7 @@ class ReferenceConfig(_Section):
         examples=["./SFT_LoRA"],
         description="Folder of the reference adapter, for strategy: adapter or ema. Default: lora_model_dir.",
     )
-    cache: bool | Text | None = Field(
+    cache: bool | Folder | None = Field(
         default=None,
         examples=[True],
         description="Keep the reference's log-probs on disk: true (beside dataset_prepared_path), false, or a folder. "
@@ -75,17 +75,19 @@ class ColumnsConfig(_Section):
     )
 
 
-Role = Literal["system", "user", "assistant", "tool"]
+Role = Literal["system", "user", "assistant", "tool", "developer"]
 
 
 class DataConfig(_Section):
     """How preference data is read."""
 
-    columns: ColumnsConfig = Field(default_factory=ColumnsConfig, description="Column names.")
+    columns: ColumnsConfig = Field(
+        default_factory=ColumnsConfig, examples=[{"chosen": "best"}], description="Column names."
+    )
     roles: dict[Text, Role] = Field(
         default_factory=dict,
         examples=[{"visitor": "user"}],
-        description="Role names in the data → system, user, assistant or tool, beside those known by default.",
+        description="Role names in the data → system, user, assistant, tool or developer, beside those known.",
     )
     truncation_side: Literal["left", "right"] = Field(
         default="right",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import yaml
@@ -33,8 +34,23 @@ def _with_exponent(value: Any) -> Any:
     return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) else value
 
 
+def _folder(path: str) -> str:
+    """Refuse what cannot become a folder because a file is in its place."""
+    folder = Path(path).expanduser()
+    try:
+        there = next(one for one in (folder, *folder.parents) if one.exists())
+    except (OSError, RuntimeError, StopIteration) as error:
+        raise ValueError("should be a folder that can be reached") from error
+    if not there.is_dir():
+        raise ValueError("should be a folder, and a file is there")
+    return path
+
+
 Text = Annotated[str, AfterValidator(_not_blank)]
 """A name or path."""
+
+Folder = Annotated[Text, AfterValidator(_folder)]
+"""A folder, which need not exist yet."""
 
 Number = Annotated[float, BeforeValidator(_with_exponent)]
 """A number that may be written with an exponent."""
@@ -50,46 +66,51 @@ class _Place:
     field: FieldInfo | None = None
 
 
-def message(error: ValidationError, model: type[BaseModel], section: str = "") -> str:
+_UNKNOWN = ("extra_forbidden", "invalid_key")
+
+
+def message(error: ValidationError, model: type[BaseModel]) -> str:
     """The first problem of a config: key, what it should be, what was found, and the line to write.
 
     Args:
         error: What validating against `model` raised.
         model: The model; its fields have ``examples`` where the default is no line to write.
-        section: The key under which the model's fields are, or "" for the top level.
     """
-    problems = error.errors(include_url=False, include_context=False)
-    place = _place(model, problems[0]["loc"])
-    key = ".".join([part for part in [section, *map(_short, place.path)] if part])
-    if problems[0]["type"] in ("extra_forbidden", "invalid_key"):
+    placed = [(_place(model, one), one) for one in error.errors(include_url=False, include_context=False)]
+    place, problem = max(placed, key=lambda one: len(one[0].path))  # of a union, the member that was meant
+    key = ".".join(map(_short, place.path))
+    if problem["type"] in _UNKNOWN:
         return _unknown(key, place)
-    reasons = [_reason(p) for p in problems if _place(model, p["loc"]).path == place.path]
+    reasons = [_reason(one) for there, one in placed if there.path == place.path]
     reasons[1:] = [reason.removeprefix("should be ") for reason in reasons[1:]]
-    found = "nothing" if problems[0]["type"] == "missing" else _short(repr(problems[0]["input"]))
-    line = f". Write: {_line(place.name, place.field)}" if place.field else ""
-    return f"`{key or 'config'}` {' or '.join(dict.fromkeys(reasons))} (found {found}){line}"
+    found = "nothing" if problem["type"] == "missing" else _short(repr(problem["input"]))
+    assert place.field is not None
+    line = _line(place.name, place.field)
+    return f"`{key}` {' or '.join(dict.fromkeys(reasons))} (found {found}). Write: {line}"
 
 
-def _place(model: type[BaseModel], loc: Sequence[int | str]) -> _Place:
+def _place(model: type[BaseModel], problem: Any) -> _Place:
     place = _Place(model)
-    for part in loc:
+    for part in problem["loc"]:
         if isinstance(part, int) and place.field is not None and _holds(place.field.annotation, list):
             place.path[-1] += f"[{part}]"
-        elif place.model is not None:
+        elif place.model is not None and part in place.model.model_fields:
             place.path.append(str(part))
-            if str(part) not in place.model.model_fields:
-                break
             place.name, place.field = str(part), place.model.model_fields[str(part)]
             place.model = _model_in(place.field.annotation)
+        elif place.model is not None and problem["type"] in _UNKNOWN:
+            place.path.append(str(part))
+        elif place.model is not None and part == place.model.__name__:  # a member of a union, as pydantic names it
+            continue
         elif part != "[key]" and place.field is not None and _holds(place.field.annotation, dict):
             place.path.append(str(part))
-        else:  # a member of a union, as pydantic names it
+        else:  # another member
             break
     return place
 
 
 def _holds(annotation: Any, container: type) -> bool:
-    return any(get_origin(kind) is container for kind in (annotation, *get_args(annotation)))
+    return get_origin(annotation) is container or any(_holds(kind, container) for kind in get_args(annotation))
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

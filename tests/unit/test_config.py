@@ -75,7 +75,7 @@ WRONG = [
     ({"reference": {"ema_alpha": "0.5"}}, "`dpo_plugin.reference.ema_alpha` should be a valid number (found '0.5'). Write: ema_alpha: 0.6"),
     ({"reference": {"adapter_dir": " "}}, "`dpo_plugin.reference.adapter_dir` should not be blank (found ' '). Write: adapter_dir: ./SFT_LoRA"),
     ({"reference": {"cache": ""}}, "`dpo_plugin.reference.cache` should be a valid boolean or should not be blank (found ''). Write: cache: true"),
-    ({"data": {"roles": {"visitor": "usr"}}}, "`dpo_plugin.data.roles.visitor` should be 'system', 'user', 'assistant' or 'tool' (found 'usr'). Write: roles: {visitor: user}"),
+    ({"data": {"roles": {"visitor": "usr"}}}, "`dpo_plugin.data.roles.visitor` should be 'system', 'user', 'assistant', 'tool' or 'developer' (found 'usr'). Write: roles: {visitor: user}"),
     ({"data": {"columns": {"chosen": " "}}}, "`dpo_plugin.data.columns.chosen` should not be blank (found ' '). Write: chosen: chosen"),
     ({"loss": {"f_alpha": float("nan")}}, "`dpo_plugin.loss.f_alpha` should be a finite number (found nan). Write: f_alpha: 0.5"),
     ({"samples": {"temperature": float("inf")}}, "`dpo_plugin.samples.temperature` should be a finite number (found inf). Write: temperature: 0.0"),

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from axolotl.cli.config import gpu_capabilities, plugin_set_cfg, prepare_plugins
 from axolotl.common.datasets import TrainDatasetMeta, load_preference_datasets
 from axolotl.integrations.base import PluginManager
@@ -29,6 +28,7 @@ from dpo_plugin.host import configs
 from dpo_plugin.host import datasets as host_datasets
 from dpo_plugin.host.checkpoints import MARKER
 from dpo_plugin.host.plugin import DPOPlugin
+from dpo_plugin.host.raw_config import read_yaml, typed
 from dpo_plugin.host.samples import make_sampler, prompt_ids
 from dpo_plugin.host.settings import RunSettings
 from dpo_plugin.host.trainer import REFERENCE_STATE
@@ -123,8 +123,8 @@ def _raw_config(path: Path, prompts: str | None) -> Any:
     Raises:
         ConfigError: If it does not use dpo_plugin.
     """
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(raw, dict) or "dpo_plugin.DPOPlugin" not in (raw.get("plugins") or []):
+    raw = read_yaml(path)
+    if "dpo_plugin.DPOPlugin" not in (typed(raw).get("plugins") or []):
         raise ConfigError(f"{path} does not use dpo_plugin. Write: plugins: [dpo_plugin.DPOPlugin]")
     raw = {key: value for key, value in raw.items() if key not in _LEFT_OUT}
     section = raw.get("dpo_plugin") or {}

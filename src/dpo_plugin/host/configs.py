@@ -8,7 +8,6 @@ from typing import Any
 
 import datasets
 import torch
-import yaml
 from axolotl.cli.config import prepare_plugins
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.config import normalize_cfg_datasets, normalize_config, validate_config
@@ -16,6 +15,7 @@ from axolotl.utils.dict import DictDefault
 
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.host.plugin import DPOPlugin
+from dpo_plugin.host.raw_config import read_yaml, typed
 from dpo_plugin.host.settings import RunSettings
 
 # The config is read for the machine it will run on, not for this one.
@@ -36,8 +36,8 @@ def read_config(path: str | Path) -> tuple[Any, RunSettings]:
         ConfigError: If the config does not use dpo_plugin for DPO.
     """
     _quiet()
-    raw = DictDefault(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    if "dpo_plugin.DPOPlugin" not in (raw.get("plugins") or []):
+    raw = DictDefault(read_yaml(path))
+    if "dpo_plugin.DPOPlugin" not in (typed(raw).get("plugins") or []):
         raise ConfigError(f"{path} does not use dpo_plugin. Write: plugins: [dpo_plugin.DPOPlugin]")
     PluginManager.get_instance().plugins.clear()
     prepare_plugins(raw)

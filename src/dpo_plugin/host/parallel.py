@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dpo_plugin.errors import ConfigError
+from dpo_plugin.host.raw_config import typed_deepspeed
 
 SHIPPED = "deepspeed_configs/zero3_bf16.json"
 """The ZeRO-3 settings that messages propose."""
@@ -114,7 +115,7 @@ def read_deepspeed(setting: Any) -> Mapping[str, Any]:
         raise ConfigError(
             f"`deepspeed: {setting}` is a {type(found).__name__}, not a JSON object. Write: deepspeed: {SHIPPED}"
         )
-    return found
+    return typed_deepspeed(found, str(setting))
 
 
 def offloads_to_host(cfg: Mapping[str, Any]) -> bool:

@@ -28,6 +28,7 @@ from dpo_plugin.host.plan_config import (
     model_config,
     zero3_settings,
 )
+from dpo_plugin.host.raw_config import read_yaml, typed
 
 GIB = 2**30
 
@@ -86,7 +87,7 @@ def make_plan(path: str, gpus: int, gpu_memory: float, host_memory: float | None
         if value < least:
             raise ConfigError(f"`{flag} {value}` leaves nothing to plan for. Write: --gpus 8 --gpu-memory 80")
     host = memory_here() if host_memory is None else round(host_memory * GIB)
-    cfg = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    cfg = typed(read_yaml(path))
     return Planner(cfg, path, Machine(gpus, round(gpu_memory * GIB), host)).result()
 
 

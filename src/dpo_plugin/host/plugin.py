@@ -16,6 +16,7 @@ from dpo_plugin.host.command import intended_rl, running_command, use_trained_ad
 from dpo_plugin.host.distributed import accept_fsdp2_with_nf4, reference_digest, refuse_moving_reference
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.parallel import offloads_to_host
+from dpo_plugin.host.raw_config import typed
 from dpo_plugin.host.settings import RunSettings, read_settings
 from dpo_plugin.model.adapters import AdapterFolder, PolicyReferenceModel
 
@@ -61,16 +62,18 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
             return
         if cfg.get("trainer_cls") not in (None, TRAINER):
             raise ConfigError(
-                f"`trainer_cls: {cfg['trainer_cls']}` would replace dpo_plugin's trainer. Remove one of the two lines."
+                f"`trainer_cls: {cfg['trainer_cls']}` would replace dpo_plugin's trainer. Remove one of the two. "
+                "Write: trainer_cls: null"
             )
-        self.settings = read_settings(cfg)
+        raw = typed(cfg)
+        self.settings = read_settings(raw)
         refuse_moving_reference(cfg, self.settings.strategy)
         if command == "evaluate":
             self.settings = settings_for_evaluation(cfg, self.settings)
-        if offloads_to_host(cfg):
+        if offloads_to_host(raw):
             from dpo_plugin.host.plan import check_host_memory
 
-            check_host_memory(cfg, "this config")
+            check_host_memory(raw, "this config")
         accept_fsdp2_with_nf4(cfg)
         cfg["trainer_cls"] = TRAINER
 

@@ -39,7 +39,7 @@ def check_samples(cfg: Mapping[str, Any], config: DPOPluginConfig) -> None:
 def _split_by(cfg: Mapping[str, Any]) -> str | None:
     """What leaves no rank the whole model or a whole row, or None."""
     sizes = ("tensor_parallel_size", "context_parallel_size")
-    split = (f"{key}: {cfg[key]}" for key in sizes if int(cfg.get(key) or 1) > 1)
+    split = (f"{key}: {cfg[key]}" for key in sizes if (cfg.get(key) or 1) > 1)
     return engine_that_shards(cfg) or next(split, None)
 
 

@@ -12,6 +12,7 @@ from dpo_plugin.config import Action, DPOPluginConfig, parse_config
 from dpo_plugin.errors import ConfigError, DataError
 from dpo_plugin.host.parallel import check_parallel
 from dpo_plugin.host.prompts import check_samples
+from dpo_plugin.host.raw_config import DATA_SUFFIXES
 from dpo_plugin.model.adapters import AdapterFolder
 from dpo_plugin.model.references import ReferenceStrategy
 from dpo_plugin.monitor.health import HealthCheck
@@ -19,7 +20,6 @@ from dpo_plugin.monitor.metrics import USUAL, PreferenceMetric
 from dpo_plugin.registry import Registry, get_registry
 
 PREFIX = "dpo_plugin."
-_DATA_SUFFIXES = {".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,10 @@ class RunSettings:
 
 
 def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
-    """Read and check a raw config with ``rl: dpo`` or ``rl: ipo``.
+    """Read and check a config with ``rl: dpo`` or ``rl: ipo``.
+
+    Args:
+        cfg: What `dpo_plugin.host.raw_config.typed` made of the raw YAML.
 
     Raises:
         ConfigError: For a key, name or combination that cannot be served.
@@ -97,13 +100,12 @@ def _check_host_keys(cfg: Mapping[str, Any]) -> None:
             "Write: dpo_use_liger_kernel: false"
         )
     beta = cfg.get("rl_beta")
-    if beta is not None and not float(beta) > 0:
-        raise ConfigError(f"`rl_beta: {beta}` must be above 0. Write: rl_beta: 0.1")
+    if beta is not None and not beta > 0:
+        raise ConfigError(f"`rl_beta: {beta:g}` must be above 0. Write: rl_beta: 0.1")
 
 
 def _check_losses(cfg: Mapping[str, Any], config: DPOPluginConfig, registry: Registry) -> None:
-    asked = cfg.get("dpo_loss_type") or ["ipo" if cfg.get("rl") == "ipo" else "sigmoid"]
-    names = [asked] if isinstance(asked, str) else list(asked)
+    names = cfg.get("dpo_loss_type") or ["ipo" if cfg.get("rl") == "ipo" else "sigmoid"]
     for name in names:
         registry.losses.find(name, "dpo_loss_type")
     weights = cfg.get("dpo_loss_weights")
@@ -117,12 +119,12 @@ def _check_losses(cfg: Mapping[str, Any], config: DPOPluginConfig, registry: Reg
     if config.compute.max_tokens is not None and coupled:
         raise ConfigError(
             f"`dpo_plugin.compute.max_tokens` splits a micro-batch, but the loss {coupled[0]!r} sees its pairs "
-            "together. Remove max_tokens"
+            "together. Remove max_tokens. Write: max_tokens: null"
         )
 
 
 def _check_smoothing(given: Any, names: list[str]) -> None:
-    smoothing = float(given or 0)
+    smoothing = given or 0
     ours = [name for name in names if name in LOSSES]
     if ours == names and smoothing and not any(name in SMOOTHED for name in names):
         raise ConfigError(
@@ -150,7 +152,7 @@ def _policy_folder(cfg: Mapping[str, Any]) -> AdapterFolder | None:
     folder = AdapterFolder.open(path, "lora_model_dir")
     for key, saved in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):
         asked, found = cfg.get(key), folder.config.get(saved)
-        if asked is not None and found is not None and float(asked) != float(found):
+        if asked is not None and found is not None and asked != found:
             raise ConfigError(
                 f"`{key}: {asked}` differs from the adapter in `lora_model_dir: {path}`, which has {found}; "
                 f"the policy starts from that adapter and keeps its shape. Write: {key}: {found}"
@@ -217,7 +219,7 @@ def _two_rows(cfg: Mapping[str, Any], config: DPOPluginConfig) -> str | None:
     hindered = None
     if wanted is False:
         return "`dpo_plugin.compute.prefix_sharing: false` asks for it"
-    if int(cfg.get("context_parallel_size") or 1) > 1:
+    if (cfg.get("context_parallel_size") or 1) > 1:
         hindered = f"`context_parallel_size: {cfg['context_parallel_size']}` splits rows between GPUs"
     elif cfg.get("torch_compile"):
         hindered = "`torch_compile` would compile anew for each pair's lengths"
@@ -242,7 +244,7 @@ def _health_checks(config: DPOPluginConfig, registry: Registry) -> Mapping[str, 
 
 
 def _entries(cfg: Mapping[str, Any], key: str, registry: Registry) -> list[dict[str, Any]]:
-    entries = [dict(entry) for entry in cfg.get(key) or []]
+    entries = cfg.get(key) or []
     for index, entry in enumerate(entries):
         where = f"{key}[{index}]"
         kind = entry.get("type")
@@ -257,8 +259,8 @@ def _entries(cfg: Mapping[str, Any], key: str, registry: Registry) -> list[dict[
 def _check_files(entry: Mapping[str, Any], where: str) -> None:
     files = entry.get("data_files") or []
     named = [("data_files", file) for file in ([files] if isinstance(files, str) else files)]
-    path = str(entry.get("path") or "")
-    if Path(path).suffix in _DATA_SUFFIXES:
+    path = entry["path"]
+    if Path(path).suffix in DATA_SUFFIXES:
         named.append(("path", path))
     for key, file in named:
         if "://" in file or any(sign in file for sign in "*?["):
