@@ -105,8 +105,8 @@ def test_a_changed_learning_rate_prepares_nothing_and_a_changed_file_everything(
     file = write_rows(tmp_path / "rows.jsonl", [chat_row("q", "first", "x")])
     prepare(base_dir, tmp_path, {"path": str(file)}, learning_rate=1e-5)
     runs = []
-    plain = Preparation.run
-    monkeypatch.setattr(Preparation, "run", lambda self: runs.append(1) or plain(self))
+    plain = Preparation.batches
+    monkeypatch.setattr(Preparation, "batches", lambda self, audit: runs.append(1) or plain(self, audit))
     prepare(base_dir, tmp_path, {"path": str(file)}, learning_rate=3e-5, rl_beta=0.3, seed=7, micro_batch_size=2)
     assert not runs
     write_rows(file, [chat_row("q", "other", "x")])

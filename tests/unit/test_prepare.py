@@ -237,14 +237,20 @@ class TestStore:
     def test_a_second_run_prepares_nothing(self, tokenizer, tmp_path, monkeypatch):
         file = write_rows(tmp_path / "rows.jsonl", rows())
         first, audit = preparation(tokenizer, file).load_or_run(tmp_path / "store")
-        monkeypatch.setattr(Preparation, "run", lambda _: pytest.fail("prepared again"))
+        monkeypatch.setattr(Preparation, "batches", lambda *_: pytest.fail("prepared again"))
         second, again = preparation(tokenizer, file).load_or_run(tmp_path / "store")
         assert second[:] == first[:]
         assert again == audit
 
     def test_a_killed_run_leaves_nothing_that_looks_whole(self, tokenizer, tmp_path, monkeypatch):
         file = write_rows(tmp_path / "rows.jsonl", rows())
-        monkeypatch.setattr(Dataset, "save_to_disk", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        plain = Preparation.batches
+
+        def killed(self, audit):
+            yield from plain(self, audit)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Preparation, "batches", killed)
         with pytest.raises(KeyboardInterrupt):
             preparation(tokenizer, file).load_or_run(tmp_path / "store")
         monkeypatch.undo()
@@ -254,8 +260,8 @@ class TestStore:
     def test_runs_at_once_build_it_once(self, tokenizer, tmp_path, monkeypatch):
         file = write_rows(tmp_path / "rows.jsonl", rows())
         built = []
-        plain = Preparation.run
-        monkeypatch.setattr(Preparation, "run", lambda self: built.append(1) or plain(self))
+        plain = Preparation.batches
+        monkeypatch.setattr(Preparation, "batches", lambda self, audit: built.append(1) or plain(self, audit))
         with ThreadPoolExecutor(4) as pool:
             jobs = [pool.submit(preparation(tokenizer, file).load_or_run, tmp_path / "store") for _ in range(4)]
         assert {len(job.result()[0]) for job in jobs} == {6}

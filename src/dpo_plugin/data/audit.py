@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from dpo_plugin.plain_text import one_line
+
 EMPTY = "empty completion"
 IDENTICAL = "identical pair"
 SPECIAL = "special token in text"
+LOST = "text left out by the template"
+UNKNOWN = "unknown token"
+EQUAL_IDS = "identical as tokens"
 TOO_LONG = "too long"
 EQUAL_AFTER_CUT = "identical after the cut"
 DUPLICATE = "duplicate"
@@ -20,6 +26,7 @@ LENGTH_REASONS = frozenset({TOO_LONG, EQUAL_AFTER_CUT})
 """Reasons that are the config's doing; every other one, but `DUPLICATE`, is the data's."""
 
 _EXAMPLES = 5
+_LONGEST_MESSAGE = 200  # characters of an example; messages may quote the row
 _PERCENTILES = (50, 90, 95, 99, 100)
 
 
@@ -36,7 +43,7 @@ class Audit:
         shapes: Recognised format → rows.
         kept: Source → rows kept.
         examples: The first rows left out, with number, reason and message.
-        lengths: Prompt, chosen, rejected lengths in tokens of each kept pair.
+        lengths: Prompt, chosen, rejected lengths in tokens of each kept pair, one after the other.
         full_lengths: Prompt + longer completion in tokens of each pair before any was cut or left out for length.
     """
 
@@ -48,14 +55,14 @@ class Audit:
     shapes: Counter[str] = field(default_factory=Counter)
     kept: Counter[str] = field(default_factory=Counter)
     examples: list[dict[str, Any]] = field(default_factory=list)
-    lengths: list[tuple[int, int, int]] = field(default_factory=list)
-    full_lengths: list[int] = field(default_factory=list)
+    lengths: array[int] = field(default_factory=lambda: array("q"))
+    full_lengths: array[int] = field(default_factory=lambda: array("q"))
 
     def leave_out(self, row: int, source: str, reason: str, message: str) -> None:
         """Count a row that is not used."""
         self.left_out[reason][source] += 1
         if len(self.examples) < _EXAMPLES:
-            self.examples.append({"row": row, "reason": reason, "message": message})
+            self.examples.append({"row": row, "reason": reason, "message": one_line(message, _LONGEST_MESSAGE)})
 
     def length_that_keeps(self, share: float) -> int:
         """The sequence length in tokens at which this share of the pairs fits uncut."""
@@ -73,7 +80,7 @@ class Audit:
             "formats": dict(self.shapes),
             "by_source": self._by_source(),
             "examples": self.examples,
-            "lengths": length_summary(self.lengths),
+            "lengths": length_summary(np.asarray(self.lengths).reshape(-1, 3)),
             "sequence_len_for_95_percent": self.length_that_keeps(0.95),
         }
 
@@ -85,17 +92,17 @@ class Audit:
         return dict(sorted(table.items()))
 
 
-def length_summary(lengths: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+def length_summary(lengths: Any) -> dict[str, Any]:
     """Percentiles and biases of pair lengths.
 
     Args:
-        lengths: Prompt, chosen, rejected in tokens.
+        lengths: (pairs, 3) prompt, chosen, rejected in tokens.
 
     Returns:
         Percentiles in tokens; ``chosen_minus_rejected`` (mean tokens) and ``chosen_longer`` (share of pairs), which
         show length bias; ``prompt_share`` of the tokens of two whole texts.
     """
-    if not lengths:
+    if not len(lengths):
         return {}
     prompt, chosen, rejected = np.asarray(lengths).T
     columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "pair": prompt + np.maximum(chosen, rejected)}
@@ -113,7 +120,7 @@ def _percentiles(values: Any) -> dict[str, int]:
 
 
 def audit_lines(audits: Iterable[Mapping[str, Any]]) -> list[str]:
-    """An audit in a few lines of plain text, for the log and the terminal.
+    """An audit in a few lines of plain text, for the log, the terminal and the model card.
 
     Args:
         audits: Values of `Audit.to_dict`.
@@ -138,4 +145,4 @@ def audit_lines(audits: Iterable[Mapping[str, Any]]) -> list[str]:
             bias, longer = lengths["chosen_minus_rejected"], lengths["chosen_longer"]
             lines.append(f"  chosen minus rejected: {bias:+.1f} tokens on average, above 0 in {longer:.0%} of pairs")
             lines.append(f"  prompts are {lengths['prompt_share']:.0%} of all tokens")
-    return lines
+    return [one_line(line) for line in lines]

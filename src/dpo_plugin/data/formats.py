@@ -306,7 +306,7 @@ def _parsed(value: Any, column: str, kind: type) -> Any:
     if isinstance(value, str) and value:
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError(f"`{column}` is text that is no JSON: {error}") from error
     if value and (isinstance(value, str) or not isinstance(value, kind)):
         raise RowError(f"`{column}` is {type(value).__name__}, not a {kind.__name__.lower()}")

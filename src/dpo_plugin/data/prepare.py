@@ -8,10 +8,8 @@ import json
 import math
 import os
 import random
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -19,33 +17,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-from datasets import Dataset, Features, Value
-from datasets import Sequence as ListOf
+from datasets import Dataset
 from datasets.table import InMemoryTable
-from filelock import FileLock
 from tqdm import tqdm
 
+from dpo_plugin.data import files as files_module
 from dpo_plugin.data import formats as formats_module
+from dpo_plugin.data import refusals as refusals_module
 from dpo_plugin.data import render as render_module
-from dpo_plugin.data.audit import DUPLICATE, EQUAL_AFTER_CUT, LENGTH_REASONS, TOO_LONG, Audit
+from dpo_plugin.data import sources as sources_module
+from dpo_plugin.data.audit import DUPLICATE, EQUAL_AFTER_CUT, EQUAL_IDS, LENGTH_REASONS, TOO_LONG, UNKNOWN, Audit
+from dpo_plugin.data.files import Row
 from dpo_plugin.data.formats import Columns, PreferenceFormat, chat, recognise
 from dpo_plugin.data.render import PairIds, Renderer
-from dpo_plugin.data.sources import Row, RowSource
+from dpo_plugin.data.sources import RowSource
+from dpo_plugin.data.stored import FEATURES, StoredPairs, cannot_store
 from dpo_plugin.errors import DataError, RowError
+from dpo_plugin.plain_text import one_line
 from dpo_plugin.types import RenderedPair
 
 _BATCH = 2000  # rows tokenised at once: enough to keep every core of the tokenizer busy
-
-FEATURES = Features(
-    {
-        "prompt_ids": ListOf(Value("int32")),
-        "chosen_ids": ListOf(Value("int32")),
-        "rejected_ids": ListOf(Value("int32")),
-        "source": Value("string"),
-        "row": Value("int64"),
-        "cut": ListOf(Value("int32")),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -144,7 +135,7 @@ class Preparation:
         parts = {
             "content": self.source.digest,
             "format": [getattr(self.read, "__qualname__", repr(self.read)), _code_of(self.read)],
-            "code": _code_of(formats_module, render_module, Preparation),
+            "code": _code_of(sources_module, files_module, formats_module, render_module, refusals_module, Preparation),
             "tokenizer": _tokenizer_digest(renderer.tokenizer),
             "template": [renderer.template, renderer.template_kwargs, renderer.refuse_special_tokens],
             "options": options,
@@ -159,59 +150,64 @@ class Preparation:
 
         Returns:
             The pairs, and the audit as `Audit.to_dict` gives it.
+
+        Raises:
+            DataError: If the folder cannot be written, or too little is left of the data.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        store = folder / f"dpo_plugin-{self.key()[:24]}"
-        with FileLock(f"{store}.lock"):
-            if not (store / "audit.json").is_file():
-                self._run_into(store)
-        audit = json.loads((store / "audit.json").read_text(encoding="utf-8"))
+        key = self.key()
+        stored = StoredPairs(folder / f"dpo_plugin-{key[:24]}", key)
+        made = Audit(self.where, self.source.path)
+        try:
+            data, audit = stored.load_or_write(lambda: self.batches(made), made.to_dict)
+        except OSError as error:
+            rows = len(self.source.read()) * self.options.sample_fraction
+            raise cannot_store(folder, error, round(stored.written * rows / max(made.read, 1))) from error
         audit |= {"where": self.where, "path": self.source.path}
         self._check(audit)
-        return Dataset.load_from_disk(str(store)), audit
-
-    def _run_into(self, store: Path) -> None:
-        """Write next to the store and rename, so that a killed run leaves nothing that looks whole."""
-        shutil.rmtree(store, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(prefix=store.name, dir=store.parent))
-        try:
-            data, audit = self.run()
-            data.save_to_disk(str(temporary))
-            (temporary / "audit.json").write_text(json.dumps(audit.to_dict(), indent=1), encoding="utf-8")
-            temporary.replace(store)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        return data, audit
 
     def run(self) -> tuple[Dataset, Audit]:
-        """Prepare all rows.
+        """Prepare all rows in memory.
 
         Raises:
             DataError: With ``excess_length_strategy: raise``, for the first pair that is too long.
             TemplateError: If the chat template can split no conversation.
         """
         audit = Audit(self.where, self.source.path)
-        columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
-        seen: set[str] = set()
+        table = pa.Table.from_batches(self.batches(audit), FEATURES.arrow_schema)
+        return Dataset(InMemoryTable(table)), audit
+
+    def batches(self, audit: Audit) -> Iterator[pa.RecordBatch]:
+        """Prepare all rows, `_BATCH` at a time, so that memory does not grow with the data.
+
+        Args:
+            audit: Where each row is counted.
+
+        Raises:
+            DataError, TemplateError: As `run`.
+        """
+        seen: set[bytes] = set()
         rendered = self._rendered(audit)
         while batch := list(islice(rendered, _BATCH)):
             with _every_core():
                 ids = self.renderer.tokenize([pair for _, pair in batch])
+            columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
             for (number, pair), pair_ids in zip(batch, ids, strict=True):
-                self._take(columns, audit, seen, number, pair.source, pair_ids)
-        table = pa.table(columns, schema=FEATURES.arrow_schema)  # Dataset.from_dict would encode value by value
-        return Dataset(InMemoryTable(table)), audit
+                self._take(columns, audit, seen, number, one_line(pair.source), pair_ids)
+            yield pa.RecordBatch.from_pydict(columns, FEATURES.arrow_schema)
 
     def _rendered(self, audit: Audit) -> Iterator[tuple[int, RenderedPair]]:
         for number, row in self._numbered():
             audit.read += 1
-            source = str(row.get(self.options.columns.source) or "") if isinstance(row, Mapping) else ""
+            source = ""
             try:
                 if isinstance(row, RowError):
                     raise row
+                source = one_line(str(row.get(self.options.columns.source) or ""))
                 shape = recognise(row, self.options.columns) if self.read is chat else self.read.__name__
                 pair = self.renderer.render(self.read(row, self.options.columns))
-            except RowError as error:
-                audit.leave_out(number, source, error.reason, str(error))
+            except (RowError, RecursionError) as error:
+                audit.leave_out(number, source, getattr(error, "reason", "malformed"), str(error))
                 continue
             audit.shapes[shape] += 1
             if (at_least := self._tokens_at_least(pair)) > self.options.limit.tokens:
@@ -232,17 +228,22 @@ class Preparation:
 
     def _numbered(self) -> Iterable[tuple[int, Row | RowError]]:
         rows = self.source.read()
+        total = len(rows)
         numbered: Iterable[tuple[int, Row | RowError]] = enumerate(rows, start=1)
-        total = len(rows) if isinstance(rows, Sized) else None
         if self.options.sample_fraction < 1:
-            everything = list(numbered)
-            total = round(self.options.sample_fraction * len(everything))
-            numbered = sorted(random.Random(self.options.seed).sample(everything, total), key=lambda item: item[0])
+            drawn = random.Random(self.options.seed).sample(
+                range(1, total + 1), round(self.options.sample_fraction * total)
+            )
+            total, chosen = len(drawn), set(drawn)
+            numbered = (item for item in numbered if item[0] in chosen)
         return tqdm(numbered, desc=f"Preparing {self.where}", total=total, unit="pair", disable=None)
 
     def _take(
-        self, columns: dict[str, list[Any]], audit: Audit, seen: set[str], number: int, source: str, ids: PairIds
+        self, columns: dict[str, list[Any]], audit: Audit, seen: set[bytes], number: int, source: str, ids: PairIds
     ) -> None:
+        if wrong := self._unusable(ids):
+            audit.leave_out(number, source, *wrong)
+            return
         length = len(ids.prompt) + max(len(ids.chosen), len(ids.rejected))
         audit.full_lengths.append(length)
         cut = [0, 0, 0]
@@ -259,15 +260,23 @@ class Preparation:
                 return
             audit.cut[source] += 1
         if self.options.drop_duplicates:
-            mark = hashlib.sha256(repr((ids.prompt, ids.chosen, ids.rejected)).encode()).hexdigest()
+            mark = hashlib.sha256(repr((ids.prompt, ids.chosen, ids.rejected)).encode()).digest()
             if mark in seen:
                 audit.leave_out(number, source, DUPLICATE, "the same tokens as an earlier row")
                 return
             seen.add(mark)
         audit.kept[source] += 1
-        audit.lengths.append((len(ids.prompt), len(ids.chosen), len(ids.rejected)))
+        audit.lengths.extend((len(ids.prompt), len(ids.chosen), len(ids.rejected)))
         for name, value in zip(FEATURES, (ids.prompt, ids.chosen, ids.rejected, source, number, cut), strict=True):
             columns[name].append(value)
+
+    def _unusable(self, ids: PairIds) -> tuple[str, str] | None:
+        """Reason and message if the tokenizer has lost what the text says, or what tells the two sides apart."""
+        if (unknown := self.renderer.unknown_id) is not None:
+            lost = sum(side.count(unknown) for side in (ids.prompt, ids.chosen, ids.rejected))
+            if lost:
+                return UNKNOWN, f"the tokenizer has no token for {lost} pieces of the text"
+        return (EQUAL_IDS, "chosen and rejected are the same tokens") if ids.chosen == ids.rejected else None
 
     def _fit(self, number: int, ids: PairIds, length: int) -> tuple[PairIds, list[int]] | None:
         limit = self.options.limit
@@ -295,7 +304,7 @@ class Preparation:
         too_long = sum(out.get(reason, 0) for reason in LENGTH_REASONS)
         bad = sum(out.values()) - too_long - out.get(DUPLICATE, 0)
         named = f"`{self.where}` ({self.source.path})"
-        first = "; ".join(f"row {row['row']}: {row['message']}" for row in audit["examples"][:3])
+        first = one_line("; ".join(f"row {row['row']}: {row['message']}" for row in audit["examples"][:3]), 200)
         if not audit["read"]:
             raise DataError(f"{named} is empty. Write: path: <a file with rows>")
         if not audit["kept"] and too_long > bad:

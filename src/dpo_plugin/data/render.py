@@ -14,7 +14,14 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
-from dpo_plugin.data.audit import EMPTY, SPECIAL
+from dpo_plugin.data.audit import EMPTY
+from dpo_plugin.data.refusals import (
+    answered,
+    refuse_half_characters,
+    refuse_loss,
+    refuse_special_tokens,
+    said_before,
+)
 from dpo_plugin.errors import RowError, TemplateError
 from dpo_plugin.types import Message, PreferencePair, RenderedPair
 
@@ -80,15 +87,19 @@ class Renderer:
         """Prompt and completions as text; ``prompt + completion`` is the template's text up to its end of turn.
 
         Raises:
-            RowError: If this conversation cannot be split, or a message contains a special token.
+            RowError: If this conversation cannot be split, contains a special token, or does not come out whole.
             TemplateError: If the template can split no conversation at all.
         """
-        if isinstance(pair, RenderedPair):
-            return self._finish_text(pair)
+        rendered = self._finish_text(pair) if isinstance(pair, RenderedPair) else self._render_messages(pair)
+        refuse_half_characters(rendered)
+        return rendered
+
+    def _render_messages(self, pair: PreferencePair) -> RenderedPair:
         if self.refuse_special_tokens:
-            self._refuse_special_tokens([*pair.prompt, *pair.chosen, *pair.rejected])
+            refuse_special_tokens(pair, self._control_token)
         end = self.end_of_turn
         prompt = self.text(pair.prompt, pair, generate=True)
+        refuse_loss(prompt, said_before(pair.prompt, pair.tools), self.name)
         chosen = self._completion(prompt, pair, pair.chosen, end)
         return RenderedPair(prompt, chosen, self._completion(prompt, pair, pair.rejected, end), pair.source)
 
@@ -104,6 +115,7 @@ class Renderer:
             raise RowError(f"{self.name} writes no end of turn {end_of_turn!r} after the answer")
         if not completion[:end].strip():
             raise RowError("the completion is empty", EMPTY)
+        refuse_loss(completion[:end], answered(answer), self.name)
         return completion[: end + len(end_of_turn)]
 
     def _finish_text(self, pair: RenderedPair) -> RenderedPair:
@@ -120,12 +132,6 @@ class Renderer:
     @cached_property
     def _adds_bos(self) -> bool:
         return bool(self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id])
-
-    def _refuse_special_tokens(self, messages: Sequence[Message]) -> None:
-        for message in messages:
-            text = " ".join(str(value) for key, value in message.items() if key != "role")
-            if found := self._control_token.search(text):
-                raise RowError(f"the {message['role']}'s text contains the special token {found[0]!r}", SPECIAL)
 
     @cached_property
     def _control_token(self) -> re.Pattern[str]:
@@ -194,6 +200,12 @@ class Renderer:
     def _all_tokens(self) -> list[str]:
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
         return sorted(added | set(self._control_tokens), key=len, reverse=True)
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """Id for what is not in the vocabulary; None if there is none, or if it begins or ends texts too (GPT-2)."""
+        unknown: int | None = self.tokenizer.unk_token_id
+        return None if unknown in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) else unknown
 
     @cached_property
     def longest_token(self) -> int:

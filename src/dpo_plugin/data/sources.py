@@ -1,20 +1,52 @@
-"""Rows from local files and folders, with broken lines as countable errors instead of a stop."""
+"""Rows from local files and folders, one at a time, with broken lines as countable errors instead of a stop."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
+import datasets
+from datasets import Dataset, DatasetDict, Features, ReadInstruction, Value, load_from_disk
+from datasets.packaged_modules.csv.csv import Csv
 
+from dpo_plugin.data import files as file_readers
+from dpo_plugin.data.files import Row, without_nulls
 from dpo_plugin.errors import DataError, RowError
 
-Row = Mapping[str, Any]
 _TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows that are read anew each time they are iterated, and none is kept.
+
+    Attributes:
+        read: Gives each row, or the `RowError` of a line that is none, in file order.
+        count: How many `read` gives.
+        first: The first that is meant, from 0.
+        last: The one after the last that is meant; None for all.
+    """
+
+    read: Callable[[], Iterator[Row | RowError]]
+    count: Callable[[], int]
+    first: int = 0
+    last: int | None = None
+
+    def __iter__(self) -> Iterator[Row | RowError]:
+        try:
+            yield from islice(self.read(), self.first, self.last)
+        except OSError as error:
+            raise DataError(
+                f"the data cannot be read any more: {error}. Write: path: <a file on a whole disk>"
+            ) from error
+
+    def __len__(self) -> int:
+        return self.count() if self.last is None else self.last - self.first
 
 
 @dataclass(frozen=True)
@@ -24,12 +56,12 @@ class RowSource:
     Attributes:
         path: What the config calls it.
         digest: SHA-256 over the content (and what selects rows from it).
-        read: Gives each row, or the `RowError` of a line that is none, in file order.
+        read: Gives the rows.
     """
 
     path: str
     digest: str
-    read: Callable[[], Iterable[Row | RowError]]
+    read: Callable[[], Rows]
 
 
 def local_source(entry: Mapping[str, Any]) -> RowSource | None:
@@ -52,57 +84,37 @@ def local_source(entry: Mapping[str, Any]) -> RowSource | None:
     if files:
         kind = entry.get("ds_type") or _TABLES.get(files[0].suffix, "json")
         digest = _digest([str(kind), str(split)], files)
-        if kind == "json":
-            return RowSource(str(entry["path"]), digest, lambda: _sliced(list(_json_rows(files)), split, path))
-        return RowSource(str(entry["path"]), digest, lambda: _table_rows(kind, files, split, path))
+        return RowSource(str(entry["path"]), digest, lambda: _file_rows(str(kind), files, digest, split, path))
     if path.is_dir():
         inside = sorted(file for file in path.rglob("*") if file.is_file())
         digest = _digest([str(split), str(entry.get("name"))], inside)
-        return RowSource(str(entry["path"]), digest, lambda: _folder_rows(path, entry))
+        return RowSource(str(entry["path"]), digest, lambda: dataset_rows(_folder(path, entry, digest)))
     return None
 
 
 def _digest(words: Sequence[str], files: Sequence[Path]) -> str:
     digest = hashlib.sha256("\0".join(words).encode())
     for file in files:
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+        try:
+            with file.open("rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror}. Write: path: <a file you can read>") from error
     return digest.hexdigest()
 
 
-def _json_rows(files: Sequence[Path]) -> Iterator[Row | RowError]:
-    for file in files:
-        content = file.read_bytes()
-        if content.lstrip()[:1] == b"[":
-            yield from _json_array(file, content)
-            continue
-        for line in content.split(b"\n"):
-            if line.strip():
-                yield _json_row(line)
+def _file_rows(kind: str, files: Sequence[Path], digest: str, split: Any, path: Path) -> Rows:
+    if kind not in file_readers.READERS:
+        try:
+            return dataset_rows(_loaded(digest, kind, data_files=list(map(str, files)), split=split or "train"))
+        except Exception as error:  # the readers raise errors of their own kinds
+            raise DataError(f"{path} cannot be read as {kind}: {error}") from error
+    read, count = file_readers.READERS[kind]
+    rows = Rows(lambda: chain.from_iterable(map(read, files)), lambda: sum(map(count, files)))
+    return _sliced(rows, split, path)
 
 
-def _json_row(line: bytes) -> Row | RowError:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return RowError(f"the line is not UTF-8: {error.reason} at byte {error.start}")
-    except (ValueError, RecursionError) as error:
-        return RowError(f"the line is not JSON: {error}")
-    return row if isinstance(row, dict) else RowError(f"the line is {type(row).__name__}, not an object")
-
-
-def _json_array(file: Path, content: bytes) -> Iterator[Row | RowError]:
-    try:
-        rows = json.loads(content)
-    except ValueError as error:
-        raise DataError(
-            f"{file} is neither JSON lines nor a JSON array: {error}. Write one object per line."
-        ) from error
-    for row in rows:
-        yield row if isinstance(row, dict) else RowError(f"the item is {type(row).__name__}, not an object")
-
-
-def _sliced(rows: list[Row | RowError], split: Any, path: Path) -> list[Row | RowError]:
+def _sliced(rows: Rows, split: Any, path: Path) -> Rows:
     """The rows that a split such as ``train[:500]`` or ``train[:10%]`` selects."""
     if not split or split == "train":
         return rows
@@ -110,29 +122,57 @@ def _sliced(rows: list[Row | RowError], split: Any, path: Path) -> list[Row | Ro
         (part,) = ReadInstruction.from_spec(str(split)).to_absolute({"train": len(rows)})
     except (ValueError, AssertionError) as error:
         raise DataError(f"{path} is a file, which has the split train only: {error}. Write: split: train") from error
-    return rows[part.from_ : part.to]
+    return replace(rows, first=part.from_, last=part.to)
 
 
-def _table_rows(kind: str, files: Sequence[Path], split: Any, path: Path) -> Dataset:
-    try:
-        return load_dataset(kind, data_files=[str(file) for file in files], split=split or "train")
-    except Exception as error:  # the readers raise errors of their own kinds
-        raise DataError(f"{path} cannot be read as {kind}: {error}") from error
+def dataset_rows(data: Dataset) -> Rows:
+    """The rows of a data set, without the nulls that its columns give to what a row does not have."""
+    return Rows(lambda: map(without_nulls, data), lambda: len(data))
 
 
-def _folder_rows(path: Path, entry: Mapping[str, Any]) -> Dataset:
-    """Rows of a folder that `Dataset.save_to_disk` wrote, or that `load_dataset` understands."""
+def _folder(path: Path, entry: Mapping[str, Any], digest: str) -> Dataset:
+    """A folder that `Dataset.save_to_disk` wrote, or that `load_dataset` understands."""
     try:
         try:
             data = load_from_disk(str(path))
         except FileNotFoundError:
-            data = load_dataset(str(path), name=entry.get("name"))
-    except Exception as error:  # as above
+            data = _loaded(digest, str(path), name=entry.get("name"))
+        for part in data.values() if isinstance(data, DatasetDict) else [data]:
+            part.data.validate(full=True)  # a damaged offset would be read from anywhere in memory
+    except Exception as error:  # the readers raise errors of their own kinds
         raise DataError(f"the folder {path} holds no data set: {error}") from error
     split = str(entry.get("split") or "train")
     if isinstance(data, Dataset):
-        return Dataset.from_list(_sliced(list(data), split, path)) if "[" in split else data
+        rows = _sliced(dataset_rows(data), split if "[" in split else None, path)
+        return data.select(range(rows.first, rows.first + len(rows)))
     assert isinstance(data, DatasetDict)
     if split not in data:
         raise DataError(f"the folder {path} has no split {split!r}. Write: split: {next(iter(data))}")
     return data[split]
+
+
+def _loaded(digest: str, path: str, split: str | None = None, **arguments: Any) -> Any:
+    """`datasets.load_dataset` with a cache of its own for each content, and CSV as it is written.
+
+    Its cache knows a file by path, time and size, so an overwritten file whose time was kept would give the rows that
+    it had before (datasets 4.8, data_files.py, `_get_single_origin_metadata`).
+    """
+    cache = str(Path(datasets.config.HF_DATASETS_CACHE) / "dpo_plugin" / digest[:24])
+    load = partial(datasets.load_dataset, path, split=split, cache_dir=cache, **arguments)
+    return as_written(load(), load)
+
+
+def as_written(data: Any, load: Callable[..., Any]) -> Any:
+    """A loaded data set, loaded once more with every column as text if it is CSV.
+
+    pandas reads ``0.50`` as 0.5, ``TRUE`` as a boolean and ``NA`` as missing.
+
+    Args:
+        data: What was loaded, a `Dataset` or a `DatasetDict`.
+        load: Loads it with further arguments of `datasets.load_dataset`.
+    """
+    part = next(iter(data.values())) if isinstance(data, DatasetDict) else data
+    if part.info.builder_name != Csv.__module__.rpartition(".")[2]:
+        return data
+    text = Features({name: Value("string") for name in part.column_names})
+    return load(features=text, keep_default_na=False)

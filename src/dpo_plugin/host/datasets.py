@@ -7,11 +7,14 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.loaders import load_tokenizer
+from axolotl.utils.data import shared
 from axolotl.utils.data.shared import create_train_validation_split, load_dataset_with_config, merge_datasets
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset, DatasetDict
@@ -21,7 +24,7 @@ from dpo_plugin.data.audit import audit_lines
 from dpo_plugin.data.formats import ROLES, Columns, PreferenceFormat, conversations, messages_answers
 from dpo_plugin.data.prepare import LengthLimit, Preparation, PrepareOptions
 from dpo_plugin.data.render import Renderer
-from dpo_plugin.data.sources import RowSource, local_source
+from dpo_plugin.data.sources import RowSource, as_written, dataset_rows, local_source
 from dpo_plugin.errors import ConfigError, DataError
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.settings import PREFIX, RunSettings
@@ -134,8 +137,14 @@ def _source(cfg: Any, entry: Mapping[str, Any], where: str) -> RowSource:
     """Rows of a local entry by our reader; of a hub, cloud or URL entry by the host's."""
     if (source := local_source(entry)) is not None:
         return source
+
+    def load(**more: Any) -> Any:
+        """The host's loader, with further arguments for `datasets.load_dataset`."""
+        with patch.object(shared, "load_dataset", partial(shared.load_dataset, **more)):
+            return load_dataset_with_config(DictDefault(entry), cfg.hf_use_auth_token, streaming=False)
+
     try:
-        rows = load_dataset_with_config(DictDefault(entry), cfg.hf_use_auth_token, streaming=False)
+        rows = as_written(load(), load)
     except Exception as error:  # the hub, the clouds and datasets raise errors of their own kinds
         raise DataError(f"`{where}.path: {entry['path']}` cannot be loaded: {error}") from error
     if isinstance(rows, DatasetDict):
@@ -143,7 +152,7 @@ def _source(cfg: Any, entry: Mapping[str, Any], where: str) -> RowSource:
         if split not in rows:
             raise DataError(f"`{where}` ({entry['path']}) has no split {split!r}. Write: split: {next(iter(rows))}")
         rows = rows[split]
-    return RowSource(str(entry["path"]), rows._fingerprint, lambda: rows)
+    return RowSource(str(entry["path"]), rows._fingerprint, lambda: dataset_rows(rows))
 
 
 def report_audits(audits: Sequence[Mapping[str, Any]], output_dir: Path) -> None:

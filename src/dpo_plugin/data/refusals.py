@@ -1,0 +1,94 @@
+"""Texts that cannot be trained on: found by looking at what goes into a chat template and what comes out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from dpo_plugin.data.audit import LOST, SPECIAL
+from dpo_plugin.errors import RowError
+from dpo_plugin.types import Message, PreferencePair, RenderedPair
+
+_THINKING = re.compile("</?think>")
+
+
+def refuse_special_tokens(pair: PreferencePair, control_token: re.Pattern[str]) -> None:
+    """Refuse a row that brings the text of a control token, in a message or in what else reaches the template.
+
+    Raises:
+        RowError: Naming where and which.
+    """
+    given: list[tuple[str, Any]] = [
+        (f"the {message['role']}'s text", [value for key, value in message.items() if key != "role"])
+        for message in (*pair.prompt, *pair.chosen, *pair.rejected)
+    ]
+    for name, value in (*given, ("`tools`", pair.tools), ("`chat_template_kwargs`", pair.template_kwargs)):
+        if found := next(filter(None, map(control_token.search, _strings(value))), None):
+            raise RowError(f"{name} contains the special token {found[0]!r}", SPECIAL)
+
+
+def refuse_loss(text: str, given: Iterable[str], template: str) -> None:
+    """Refuse a rendered text in which something is missing that was given; a template may trim it.
+
+    Args:
+        text: What the template wrote.
+        given: Each text that it must show.
+        template: What to call the template.
+
+    Raises:
+        RowError: Naming the first text that is missing.
+    """
+    for wanted in map(str.strip, given):
+        if wanted not in text:
+            raise RowError(f"{template} leaves out or cuts {wanted[:60]!r}", LOST)
+
+
+def said_before(messages: Sequence[Message], tools: Sequence[Any] | None) -> Iterator[str]:
+    """What a prompt must show: messages, without their thinking, which templates leave out of earlier turns; tools."""
+    for message in messages:
+        yield _THINKING.split(message["content"])[-1]
+        yield from _names(message.get("tool_calls"))
+    yield from _names(tools)
+
+
+def answered(messages: Sequence[Message]) -> Iterator[str]:
+    """What a completion must show: its messages, and of the last one also the thinking."""
+    yield from said_before(messages, None)
+    yield from _THINKING.split(messages[-1]["content"])
+    yield messages[-1].get("reasoning_content") or ""
+
+
+def refuse_half_characters(pair: RenderedPair) -> None:
+    """Refuse what no UTF-8 text can hold: JSON allows one half of a surrogate pair, tokenizers and files do not.
+
+    Raises:
+        RowError: Naming where and which.
+    """
+    for name in ("prompt", "chosen", "rejected", "source"):
+        try:
+            getattr(pair, name).encode()
+        except UnicodeEncodeError as error:
+            half = ord(error.object[error.start])
+            raise RowError(f"the {name} holds half a character, the lone surrogate U+{half:04X}") from error
+
+
+def _names(tools: Sequence[Any] | None) -> Iterator[str]:
+    """The names in tool definitions or tool calls."""
+    for tool in tools or ():
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+            yield function["name"]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in nested lists and mappings, keys included; other values as Python writes them."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+    else:
+        yield str(value)
