@@ -176,7 +176,6 @@ class RunFacts:
         learning_rate: The peak learning rate.
         losses: Names of the losses.
         adapter_dtype: Dtype in which the optimizer updates the trained weights, e.g. ``float32``.
-        weight_rms: Root mean square of the trained weights at the start.
         lora_r: Rank of the adapter.
         trainable_share: Trained parameters / all parameters.
         sequence_len: Most tokens of prompt + completion.
@@ -190,7 +189,6 @@ class RunFacts:
     learning_rate: float | None = None
     losses: Sequence[str] = ()
     adapter_dtype: str | None = None
-    weight_rms: float | None = None
     lora_r: int | None = None
     trainable_share: float | None = None
     sequence_len: int | None = None

@@ -64,3 +64,14 @@ def test_a_check_can_stop_the_run_or_be_off(base_dir, sft_dir, tmp_path):
     assert json.loads((tmp_path / "out/dpo_run.json").read_text())["findings"]
     run = host.train({**settings, "dpo_plugin": {"health": {"action": "off"}}}, tmp_path)
     assert written(run)["findings"] == []
+
+
+def test_a_full_fine_tuning_whose_updates_bf16_rounds_away_is_told_so(base_dir, tmp_path, monkeypatch):
+    for module in ("training_args", "utils.import_utils"):  # a CPU computes in bf16 as well
+        monkeypatch.setattr(f"transformers.{module}.is_torch_bf16_gpu_available", lambda: True)
+    settings = {"adapter": None, "lora_model_dir": None, "bf16": True, "learning_rate": 5e-7, "max_steps": 12}
+    run = host.train(config(base_dir, None, tmp_path, **settings), tmp_path)
+    found = {finding["check"]: finding for finding in written(run)["findings"]}
+    assert found["learning_rate_below_precision"]["numbers"]["weights/changed"] < 0.1
+    assert written(run)["facts"]["adapter_dtype"] == "bfloat16"
+    assert written(run)["facts"]["trainable_share"] == 1

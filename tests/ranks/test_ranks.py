@@ -60,6 +60,14 @@ def test_the_adapters_travel_is_that_of_one_process(name, run, alone):
         )
 
 
+def test_what_the_optimizer_updates_is_fp32_and_moves(name, run):
+    left = json.loads((run.output_dir / "dpo_run.json").read_text())
+    assert left["facts"]["adapter_dtype"] == "float32"
+    assert left["facts"]["trainable_share"] > 0.01
+    assert run.lines[-1]["weights/changed"] > 0.95
+    assert "learning_rate_below_precision" not in {finding["check"] for finding in left["findings"]}
+
+
 def test_what_is_saved_is_the_policy_adapter_with_pefts_keys(name, run, base_dir, sft):
     saved = load_peft_weights(str(run.output_dir), device="cpu")
     start = load_peft_weights(str(sft), device="cpu")

@@ -62,7 +62,7 @@ def train_line(step: int, chosen: float, rejected: float, rate: float, draw: ran
         "lengths/chosen": 200 + draw.gauss(0, 30), "lengths/rejected": 180 + draw.gauss(0, 30),
         "lengths/margin_correlation": draw.gauss(0.2, 0.2),
         "lengths/accuracy_chosen_shorter": 0.5 + 0.2 * math.tanh(margin),
-        "lengths/accuracy_chosen_longer": 0.5 + 0.45 * math.tanh(margin),
+        "lengths/accuracy_chosen_longer": 0.5 + 0.45 * math.tanh(margin), "weights/changed": 0.99,
     }  # fmt: skip
 
 
@@ -141,8 +141,8 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "quantised_rewards": lambda: changed(
         lambda line: {key: bf16(line[key]) for key in ("rewards/chosen", "rewards/rejected")}
     ),
-    "learning_rate_below_precision": lambda: (
-        healthy_lines(), replace(FACTS, adapter_dtype="bfloat16", learning_rate=1e-6), (),
+    "learning_rate_below_precision": lambda: changed(
+        lambda _: {"weights/changed": 0.018}, replace(FACTS, adapter_dtype="bfloat16")
     ),
     "reference_drift": lambda: evaluated(lambda number: {"eval_logps/chosen": -250.0 - 4 * number}, {}),
 }  # fmt: skip
@@ -217,7 +217,7 @@ def test_the_published_run_without_completions_is_found_from_its_log_alone():
         ("loss_at_ln2", "Write: learning_rate: 0.0001"),
         ("likelihood_displacement", "Write: dpo_loss_type: [sigmoid, sft] and dpo_loss_weights: [1.0, 0.2]"),
         ("overfitting", "Write: lora_r: 8"),
-        ("learning_rate_below_precision", "Write: learning_rate: 2e-05"),
+        ("learning_rate_below_precision", "Write: learning_rate: 0.0001"),
     ],
 )
 def test_advice_ends_with_the_line_to_write(name: str, text: str):
@@ -260,12 +260,6 @@ def test_a_single_overflow_under_fp16_is_nothing_and_two_are_a_finding():
 
 def test_a_spike_of_the_gradient_is_nothing():
     assert run(*changed(lambda line: {"grad_norm": 500.0 if line["step"] % 40 == 0 else 2.0})) == {}
-
-
-def test_a_measured_drift_of_the_reference_is_found():
-    found = run(*changed(lambda line: {"reference/drift": 0.0 if line["step"] < 30 else 1e-4}))
-    assert set(found) == {"reference_drift"}
-    assert found["reference_drift"].since == 30
 
 
 def test_a_reference_that_is_meant_to_move_is_no_drift():

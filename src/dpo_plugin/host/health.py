@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from dpo_plugin.config import Action
 from dpo_plugin.errors import HealthError
 from dpo_plugin.host.log import LOG
+from dpo_plugin.host.travel import whole_size
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel
 from dpo_plugin.monitor.health import HealthCheck, HealthMonitor, in_order
 from dpo_plugin.monitor.history import History
@@ -122,18 +123,15 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
 def run_facts(trainer: Any) -> RunFacts:
     """What is known of a `PreferenceTrainer`'s run before its first step."""
     model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    everything = sum(parameter.numel() for parameter in model.parameters())
     strategy = trainer.reference.strategy
     lora = model.peft_config[POLICY] if isinstance(model, PolicyReferenceModel) else None
     return RunFacts(
         beta=trainer.beta,
         learning_rate=args.learning_rate,
         losses=tuple(trainer._losses),
-        adapter_dtype=str(trained[0].dtype).removeprefix("torch.") if trained else None,
-        weight_rms=_root_mean_square(trained),
+        adapter_dtype=trainer.trained_dtype(),
         lora_r=getattr(lora, "r", None),
-        trainable_share=sum(parameter.numel() for parameter in trained) / max(everything, 1),
+        trainable_share=_trainable_share(model),
         sequence_len=PluginManager.get_instance().cfg.sequence_len,
         planned_steps=trainer.state.max_steps or None,
         epochs=args.num_train_epochs,
@@ -142,14 +140,10 @@ def run_facts(trainer: Any) -> RunFacts:
     )
 
 
-def _root_mean_square(parameters: list[Any]) -> float | None:
-    """Of those that are not all 0, as a fresh LoRA's B is; None where tensors are sharded or partitioned."""
-    whole = [p.detach() for p in parameters if p.numel() and not hasattr(p, "device_mesh")]
-    if len(whole) < len(parameters):
-        return None
-    squares = [(float(p.float().square().sum()), p.numel()) for p in whole]
-    used = [(total, count) for total, count in squares if total > 0]
-    return (sum(t for t, _ in used) / sum(c for _, c in used)) ** 0.5 if used else None
+def _trainable_share(model: Any) -> float:
+    """Trained parameters / all."""
+    sizes = [(whole_size(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trained in sizes if trained) / max(1, sum(size for size, _ in sizes))
 
 
 def read_audits(output_dir: Path) -> list[dict[str, Any]]:

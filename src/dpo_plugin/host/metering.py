@@ -19,7 +19,7 @@ class LogsMetrics:
 
     accelerator: Any
     model: Any
-    _travel: Travel | None = None
+    _travel: Travel
 
     def _set_up_metrics(self, metrics: Mapping[str, PreferenceMetric], starts_as_reference: bool) -> None:
         self._means = {
@@ -47,10 +47,13 @@ class LogsMetrics:
         super().log(logs, start_time)  # type: ignore[misc]
 
     def travelled(self) -> dict[str, float]:
-        """How far the policy adapter has gone from the reference, and since the last call; every rank must call it."""
-        if self._travel is None:
-            return {}
+        """How far the trained weights have gone, and how many moved; every rank must call it."""
         return self._travel.figures(self.model, self._sum, self.accelerator.process_index)
+
+    def trained_dtype(self) -> str | None:
+        """Dtype in which the optimizer updates most of the weights; known from the first `travelled` on."""
+        dtype = self._travel.dtype
+        return None if dtype is None else str(dtype).removeprefix("torch.")
 
     def remember_start(self, lines: Sequence[dict[str, Any]]) -> None:
         """Let a resumed run measure displacement from the log-probs per token that its first line had."""

@@ -79,8 +79,8 @@ class PreferenceTrainer(OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: i
         super().__init__(*self._for_trl(model, ref_model), **kwargs)
         if isinstance(model, PolicyReferenceModel):
             model.train_only_policy()
-            self._travel = Travel(model, moving=not self._settings.strategy.fixed)
             save_policy_instead_of_base(base, model)
+        self._travel = Travel(model, moving=not self._settings.strategy.fixed)
         self._be_ready_for_engine()
         self._set_up_losses()
         strategy = self._settings.strategy(model, self.ref_model, self._settings.config.reference)

@@ -171,20 +171,22 @@ CHECKS: Mapping[str, Check] = {
     "learning_rate_below_precision": Check(
         find=soundness.rate_below_precision,
         severity="warning",
-        rule="the learning rate, times this, is smaller than half the spacing of the trained dtype at the size of its "
-        "weights (0.01 where unknown)",
-        threshold=1.0,
-        window=0,
+        rule="after ten steps at the peak rate a smaller share of the values that the optimizer updates, embeddings "
+        "aside, is not what it was at the start",
+        threshold=0.5,
+        window=1,
         source="an AdamW update is about as large as the learning rate (Kingma & Ba 2014, arXiv 1412.6980, section "
-        "2.1), and rounding to nearest drops what is below half the spacing",
-        advice="Let the optimizer update fp32 weights, as this plugin does for adapters, or raise the learning rate.",
+        "2.1), and rounding to nearest drops what is below half the distance between neighbouring numbers: 2⁻⁹ of a "
+        "weight in bf16, 2⁻²⁵ in fp32",
+        advice="Let the optimizer update fp32 weights: this plugin does so for adapters, DeepSpeed's ZeRO for full "
+        "fine-tuning; or raise the learning rate.",
     ),
     "reference_drift": Check(
         find=soundness.reference_drift,
         severity="error",
-        rule="a weight of a fixed reference moves, or its log-prob of the held-out data changes by this share",
+        rule="the log-prob of the held-out data under a fixed reference changes by this share",
         threshold=0.01,
-        window=5,
+        window=2,
         source=f"{DPO}, eq. 7: π_ref is a constant",
         advice="Something trains or overwrites the reference: another plugin, a callback, or an optimizer over all "
         "parameters. Take it out, and name the reference.",

@@ -46,13 +46,14 @@ FIELDS: dict[str, str] = {
     "the policy starts from the reference, and grows ever more slowly.",
     "adapter/update_norm": "How far the policy adapter moved since the line before. Follows the learning rate; 0 means "
     "that nothing is learned.",
+    "weights/changed": "Share of the trained values, embeddings aside, that are no longer what they were at the start. "
+    "Should be 1 or nearly so; near 0 the updates are rounded away.",
     "speed/pairs_per_second": "Pairs trained on per second, over all ranks, evaluation and saving included.",
     "speed/tokens_per_second": "Tokens per second that the policy computed, over all ranks; shared prompts count once.",
     "speed/shared_tokens": "Share of the tokens that sharing a pair's prompt spared. A property of the data.",
     "speed/kept_reference": "Share of the pairs whose reference log-probs were kept from before. Should be 1 from the "
     "second epoch on if reference.cache is set.",
     "memory/peak_gib": "Highest memory of a GPU since the start, in GiB.",
-    "reference/drift": "Largest change of a weight of the frozen reference. Must be 0.",
     "runtime": "Seconds that the evaluation took.",
     "samples_per_second": "Pairs per second of the evaluation.",
     "steps_per_second": "Batches per second of the evaluation.",

@@ -7,7 +7,6 @@ the last lines only. A reward divided by β is a log-ratio in nats.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from statistics import median
 
 from dpo_plugin.monitor.health import Check, Symptom, scaled_rate, short
@@ -133,43 +132,31 @@ def quantised(history: History, check: Check) -> Symptom | None:
     return Symptom(min(values)[0], what, {"binary digits": bits}, "plugins: [dpo_plugin.DPOPlugin]")
 
 
-_HALF_SPACING: Mapping[str, float] = {"bfloat16": 2.0**-9, "float16": 2.0**-12, "float32": 2.0**-25}
-"""Half the distance between neighbouring numbers, relative to the larger end of their binade."""
+_PAST_NOISE = 10
+"""Steps at the peak rate after which a value that an optimizer can move has moved."""
 
 
 def rate_below_precision(history: History, check: Check) -> Symptom | None:
-    """The learning rate against the spacing of numbers in the trained dtype."""
-    facts = history.facts
-    spacing = _HALF_SPACING.get((facts.adapter_dtype or "").removeprefix("torch."))
-    if spacing is None or not facts.learning_rate:
+    """The share of the values held by the optimizer that have moved at all since the start."""
+    changed = history["weights/changed"].tail(1)
+    if not changed or changed[0][1] >= check.threshold or history.full_rate_steps() < _PAST_NOISE:
         return None
-    needed = check.threshold * spacing * (facts.weight_rms or 0.01)
-    if facts.learning_rate >= needed:
-        return None
+    step, share = changed[0]
+    dtype = history.facts.adapter_dtype
     what = (
-        f"an update of {facts.learning_rate:.2g} is less than half the distance between neighbouring "
-        f"{facts.adapter_dtype} numbers at weights of {facts.weight_rms or 0.01:.2g}, so most updates are rounded away"
+        f"{share:.1%} of the trained values have changed in {step} steps; updates of about {short(history.rate())} are "
+        f"rounded away{f', the optimizer having the weights in {dtype}' if dtype else ''}"
     )
-    return Symptom(0, what, {"learning_rate": facts.learning_rate, "needed": needed}, f"learning_rate: {_up(needed)}")
-
-
-def _up(number: float) -> str:
-    """A number rounded up to one digit."""
-    size = 10.0 ** math.floor(math.log10(number))
-    return f"{math.ceil(number / size) * size:.0e}"
+    full = (history.facts.trainable_share or 0) > 0.5
+    write = "deepspeed: deepspeed_configs/zero3_bf16.json" if full else scaled_rate(history, 10)
+    return Symptom(step, what, {"weights/changed": share, "learning_rate": history.rate()}, write)
 
 
 _SAFE_REFERENCE = "dpo_plugin: {reference: {strategy: adapter}}"
 
 
 def reference_drift(history: History, check: Check) -> Symptom | None:
-    """The host's measure of the reference's weights, or its log-prob of the same held-out data over time."""
-    if history.facts.reference_fixed is False:
-        return None
-    moved = [(step, value) for step, value in history["reference/drift"].tail(check.window) if value > 0]
-    if moved:
-        what = f"a weight of the frozen reference has moved by {short(moved[-1][1])}"
-        return Symptom(moved[0][0], what, {"reference/drift": moved[-1][1]}, _SAFE_REFERENCE)
+    """The reference's log-prob of the same held-out data over time."""
     # log π_ref of the held-out chosen completions, which are the same at each evaluation.
     beta = history.facts.beta
     policy, rewards = history["eval_logps/chosen"], history["eval_rewards/chosen"]
