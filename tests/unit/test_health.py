@@ -185,6 +185,79 @@ def test_a_recorded_run_with_forty_times_the_learning_rate_is_told_to_lower_it()
     assert found["loss_diverged"].since < 10
 
 
+def test_a_recorded_run_that_learned_within_its_first_lines_has_no_finding():
+    """LoRA at a rate of 5e-3: loss 0.693 → 0.0026 in 14 log lines, every held-out pair ranked right."""
+    lines, facts, audits = recorded("learned_fast")
+    assert [line["loss"] for line in lines if "loss" in line][::13] == [0.69315, 0.0026311]
+    assert run(lines, facts, audits) == {}
+
+
+def test_a_recorded_run_on_labels_half_of_which_are_swapped_overfits():
+    """96 pairs, twelve epochs: training accuracy 1, held-out loss 0.693 → 1.41 from step 0 on, where accuracy is 0."""
+    found = run(*recorded("swapped_labels"))
+    assert set(found) == {"overfitting", "accuracy_at_chance"}
+    assert found["overfitting"].numbers["lowest"] == 0.69315
+    assert found["overfitting"].advice.endswith("Write: num_epochs: 1")
+
+
+def falling(losses: list[float], first: float = 0.69) -> list[Line]:
+    return [
+        {"step": 5 * number, "learning_rate": 1e-4, "loss": loss, "rewards/accuracies": 1.0}
+        for number, loss in enumerate([first, *losses], start=1)
+    ]
+
+
+@pytest.mark.parametrize("losses", [("sigmoid",), ("apo_zero",), ()])
+@pytest.mark.parametrize("tail", [[2e-4] * 9, [2e-4, 5e-4] * 20])
+def test_a_loss_that_falls_to_nothing_within_the_first_lines_has_not_diverged(losses: Any, tail: list[float]):
+    """The least of the first lines is 2e-4, and the mean of the last ten, of which some are of the start, 400 times it."""
+    facts = replace(FACTS, losses=losses, planned_steps=300)
+    assert run(falling([0.1, 2e-4, 2e-4, 2e-4, *tail]), facts, ()) == {}
+
+
+@pytest.mark.parametrize(
+    ("losses", "first", "last"), [(("sigmoid",), 0.69, 1.1), (("ipo",), 25.0, 40.0), ((), 2.5, 4.0)]
+)
+def test_a_loss_that_rises_above_its_start_has_diverged(losses: Any, first: float, last: float):
+    lines = falling([first / 3] * 9 + [last] * 10, first)
+    assert set(run(lines, replace(FACTS, losses=losses), ())) == {"loss_diverged"}
+
+
+def course(held_out: list[float], accuracy: list[float], pairs: float = 64.0) -> Any:
+    """Training accuracy 1 and evaluations with these losses and accuracies."""
+    lines = []
+    for number, (loss, right) in enumerate(zip(held_out, accuracy, strict=True), start=1):
+        for step in range(20 * number - 19, 20 * number + 1):
+            margin = 3.0 + 0.1 * math.sin(step)
+            lines.append({"step": step, "learning_rate": 1e-5, "loss": math.log1p(math.exp(-margin)),
+                          "rewards/margins": margin, "rewards/accuracies": 1.0})  # fmt: skip
+        lines.append(
+            {"step": 20 * number, "eval_loss": loss, "eval_rewards/accuracies": right, "eval_rewards/count": pairs}
+        )
+    return lines, replace(FACTS, planned_steps=140), ()
+
+
+RISING = [0.677, 0.684, 0.699, 0.711, 0.72, 0.733, 0.744]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "accuracy", "found"),
+    [
+        (RISING, [0.56, 0.58, 0.55, 0.58, 0.56, 0.55, 0.56], True),  # by 9.9 %, six times in a row
+        (RISING, [0.5, 0.52, 0.55, 0.58, 0.56, 0.55, 0.56], True),  # of 64 pairs 0.06 more is no more than chance
+        (
+            RISING,
+            [0.5, 0.56, 0.6, 0.65, 0.68, 0.7, 0.72],
+            False,
+        ),  # its loss is more certain, and its answers are better
+        ([0.677, 0.71, 0.69, 0.72, 0.7, 0.73, 0.72], [0.6] * 7, False),  # up and down
+        ([0.677, 0.68, 0.682, 0.683, 0.685, 0.687, 0.69], [0.6] * 7, False),  # up by 2 %
+    ],
+)
+def test_a_steady_rise_of_the_held_out_loss_is_overfitting(held_out: Any, accuracy: Any, found: bool):
+    assert ("overfitting" in run(*course(held_out, accuracy))) == found
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_made_healthy_runs_have_no_finding(seed: int):
     assert run(healthy_lines(seed=seed)) == {}

@@ -77,7 +77,8 @@ CHECKS: Mapping[str, Check] = {
     "loss_diverged": Check(
         find=learning.loss_diverged,
         severity="error",
-        rule="the mean loss over the least of the first five lines",
+        rule="the mean loss over what it was at first: ln 2 for the sigmoid loss from policy = reference, otherwise "
+        "the mean of the first five lines",
         threshold=1.5,
         window=10,
         source=f"{DPO}, eq. 7: where policy and reference agree the loss is ln 2, so 1.5 times that is worse than not "
@@ -129,8 +130,9 @@ CHECKS: Mapping[str, Check] = {
     "overfitting": Check(
         find=learning.overfitting,
         severity="warning",
-        rule="training accuracy is at least 0.95 while the held-out loss is above its minimum, by this share, at the "
-        "last two evaluations, and its accuracy is no better",
+        rule="training accuracy is at least 0.95 while the held-out loss is above its minimum at the last two "
+        "evaluations, by this share at the last, or by half of it after four rises in a row, and the held-out accuracy "
+        "is no better by a standard error, √(1/4n)",
         threshold=0.1,
         window=20,
         source="Azar et al. 2023, arXiv 2310.12036, section 4.2: where preferences are all but certain, β no longer "

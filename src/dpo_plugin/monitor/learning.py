@@ -7,10 +7,11 @@ the last lines only.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from statistics import stdev
 
 from dpo_plugin.monitor.health import Check, Symptom, scaled_rate, short
-from dpo_plugin.monitor.history import History, Points, mean
+from dpo_plugin.monitor.history import History, Points, Series, mean
 
 LN2 = math.log(2)
 
@@ -22,7 +23,7 @@ EARLY = 5
 
 
 def loss_diverged(history: History, check: Check) -> Symptom | None:
-    """The mean of the last losses over the least of the first ones."""
+    """The mean of the last losses over the loss at first."""
     times = _times_first_loss(history, check.window)
     if times is None or times < check.threshold:
         return None
@@ -33,9 +34,22 @@ def loss_diverged(history: History, check: Check) -> Symptom | None:
 
 
 def _times_first_loss(history: History, window: int) -> float | None:
-    tail, first = history["loss"].full_tail(window), history["loss"].head(EARLY)
-    least = min((value for _, value in first), default=0.0)
-    return mean(tail) / least if tail and least > 0 else None
+    tail, first = history["loss"].full_tail(window), _first_loss(history)
+    return mean(tail) / first if tail and first > 0 else None
+
+
+def _first_loss(history: History) -> float:
+    """The loss before training; ln 2 where it is the sigmoid one and policy and reference agree.
+
+    Elsewhere the mean of the first lines, or the very first where that is more: a loss that falls within them is no
+    measure of what is bad. Where ln 2 is not certain, a start above it counts.
+    """
+    first = history["loss"].head(EARLY)
+    if not first:
+        return 0.0
+    if tuple(history.facts.losses) in ((), ("sigmoid",)) and history.facts.starts_as_reference is not False:
+        return max(LN2, min(value for _, value in first))
+    return max(mean(first), first[0][1])
 
 
 def _away_from(history: History, otherwise: str) -> str:
@@ -125,6 +139,10 @@ def _fall(history: History, side: str, check: Check) -> tuple[Points | None, str
     return [(step, (value + first) / first) for step, value in tail[-check.window :]], "of its size at first"
 
 
+RISES = 4
+"""Evaluations in a row at each of which the held-out loss rises, after which chance is no explanation: a 24th each."""
+
+
 def overfitting(history: History, check: Check) -> Symptom | None:
     """The held-out loss against its minimum, once the training pairs are all ranked right."""
     losses, train = history["eval_loss"], history["rewards/accuracies"].full_tail(check.window)
@@ -133,16 +151,34 @@ def overfitting(history: History, check: Check) -> Symptom | None:
     last_step, last = losses.tail(1)[0]
     best = min(range(len(losses)), key=losses.values.__getitem__)
     lowest, at = losses.values[best], losses.steps[best]
-    risen = losses.values[-2] > lowest and last > max((1 + check.threshold) * lowest, lowest + 0.02)
-    accuracy = history["eval_rewards/accuracies"]
-    better = len(accuracy) == len(losses) and accuracy.values[-1] > accuracy.values[best]
-    if not risen or better:
+    if not _has_risen(losses, lowest, check.threshold) or _ranks_better(history, best):
         return None
     what = (
         f"{mean(train):.0%} of the training pairs are ranked right, and the held-out loss has risen from "
         f"{lowest:.4f} at step {at} to {last:.4f} at step {last_step}"
     )
     return Symptom(at, what, {"eval_loss": last, "lowest": lowest}, _less_capacity(history))
+
+
+def _has_risen(losses: Series, lowest: float, share: float) -> bool:
+    """Whether the last two are above the minimum, the last by the share, or by half of it after a steady rise."""
+    *_, before, last = losses.values
+    tail = losses.values[-RISES - 1 :]
+    steady = len(tail) > RISES and all(one < other for one, other in pairwise(tail))
+    by = max((share / 2 if steady else share) * lowest, 0.02)
+    return before > lowest and last > lowest + by
+
+
+def _ranks_better(history: History, best: int) -> bool:
+    """Whether accuracy is higher than at the minimum of the loss, by more than its standard error √(1/4n).
+
+    At step 0 nothing is ranked and accuracy is 0; a coin's is what an untrained policy has.
+    """
+    accuracy, losses = history["eval_rewards/accuracies"], history["eval_loss"]
+    if len(accuracy) != len(losses):
+        return False
+    pairs = (history["eval_rewards/count"].tail(1) or [(0, math.inf)])[0][1]
+    return accuracy.values[-1] > max(0.5, accuracy.values[best]) + 0.5 / math.sqrt(max(1.0, pairs))
 
 
 def _less_capacity(history: History) -> str:
