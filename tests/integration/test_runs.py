@@ -1,6 +1,7 @@
 """Whole runs on a tiny model through axolotl's own path."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,9 @@ def test_a_fresh_lora_has_the_base_as_reference(base_dir, tmp_path):
     assert run.lines[1]["rewards/margins"] != 0
 
 
-def test_a_wrong_reference_stops_the_run_at_step_0(base_dir, sft_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("evaluation", [{}, {"val_set_size": 0.2, "eval_strategy": "steps", "eval_steps": 1}])
+def test_a_wrong_reference_stops_the_run_at_step_0(base_dir, sft_dir, tmp_path, monkeypatch, evaluation):
+    """Also where it is wrong in training alone and the host evaluates before the first step."""
     from dpo_plugin.errors import ReferenceMismatchError
     from dpo_plugin.model.references import AdapterReference
 
@@ -138,12 +141,23 @@ def test_a_wrong_reference_stops_the_run_at_step_0(base_dir, sft_dir, tmp_path, 
     )
 
     def run_off(self, model, batch, forward):
-        with self.policy.adapters_off():
+        with self.policy.adapters_off() if self.policy.training else self.policy.reference_active():
             return forward(model, batch)
 
-    config = dpo_config(base_dir, tmp_path / "out", lora_model_dir=str(sft_dir), max_steps=1)
+    config = dpo_config(base_dir, tmp_path / "out", lora_model_dir=str(sft_dir), max_steps=1, **evaluation)
     with pytest.raises(ReferenceMismatchError, match="every reward must be 0, but the largest is"):
         host.train(config, tmp_path)
+
+
+def test_dropout_of_the_models_config_is_off(base_dir, sft_dir, tmp_path):
+    base = shutil.copytree(base_dir, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
+    run = host.train(
+        dpo_config(base, tmp_path / "out", lora_model_dir=str(sft_dir), max_steps=1, learning_rate=1e-12), tmp_path
+    )
+    assert run.lines[0]["rewards/chosen"] == run.lines[0]["rewards/rejected"] == 0
+    assert run.trainer.model.config.attention_dropout == 0.1
 
 
 def test_a_reference_that_changes_is_noticed(base_dir, sft_dir):

@@ -90,7 +90,7 @@ def sum_completions(scores: Tensor, batch: PairBatch, options: ForwardOptions) -
     """
 
     def per_side(values: Tensor) -> Tensor:
-        return values.new_zeros(2 * batch.pairs, *values.shape[1:]).index_add(0, batch.sides, values)
+        return sum_per_side(values, batch).to(values.dtype)
 
     logps = scores[:, LOGP]
     tokens = per_side(torch.ones_like(logps))
@@ -104,6 +104,24 @@ def sum_completions(scores: Tensor, batch: PairBatch, options: ForwardOptions) -
     means = per_side(scores.detach()) / at_least_one[:, None]
     entropy = means[:, ENTROPY] if options.entropy else None
     return CompletionLogps(per_side(logps), tokens, means[:, MEAN_LOGIT], weights, entropy)
+
+
+def sum_per_side(values: Tensor, batch: PairBatch) -> Tensor:
+    """Sum over each side's tokens, (2 * pairs, ...), in fp64 and in the same order each time, gradients included.
+
+    ``index_add``, ``scatter_add`` and ``cumsum`` add in any order on CUDA (torch.use_deterministic_algorithms), which
+    in fp32 moved the reward of an answer of 4,096 tokens by up to 2.7e-3 at β = 0.1 while policy and reference were
+    equal. Here each side is a row of its own, and rows are summed; nothing is written twice, so backward only reads.
+
+    Args:
+        values: (tokens, ...), in the order of ``batch.sides``.
+        batch: The batch that was run.
+    """
+    first = torch.searchsorted(batch.sides, torch.arange(2 * batch.pairs, device=batch.sides.device))
+    place = torch.arange(len(batch.sides), device=batch.sides.device) - first[batch.sides]
+    longest = int(place.max()) + 1 if len(place) else 0
+    rows = values.new_zeros(2 * batch.pairs, longest, *values.shape[1:], dtype=torch.float64)
+    return rows.index_put((batch.sides, place), values.double()).sum(dim=1)
 
 
 def completion_logps(logits: Tensor, batch: PairBatch, options: ForwardOptions | None = None) -> CompletionLogps:

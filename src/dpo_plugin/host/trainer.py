@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from dpo_plugin.compute.batching import find_row, to_pair_batch
+from dpo_plugin.compute.dropout import disable_dropout
 from dpo_plugin.compute.head import ForwardOptions
 from dpo_plugin.compute.logps import pair_logps, run_model, total_loss
 from dpo_plugin.compute.losses import LossOptions
+from dpo_plugin.compute.step_zero import largest_deviation
 from dpo_plugin.errors import ConfigError, NotFiniteError, ReferenceMismatchError
 from dpo_plugin.host.callbacks import ReferenceCallback
 from dpo_plugin.host.card import model_card
@@ -44,9 +46,6 @@ from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel, attach
 from dpo_plugin.model.references import KeptReference
 from dpo_plugin.registry import get_registry
 from dpo_plugin.types import CompletionLogps, PairBatch, PairLogps
-
-STEP_ZERO_TOLERANCE = 1e-4
-"""Largest |reward| that policy = reference may show before the first step."""
 
 REFERENCE_STATE = "reference_state.safetensors"
 
@@ -75,6 +74,8 @@ class PreferenceTrainer(OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: i
             model.name_base(str(model.config.name_or_path), PluginManager.get_instance().cfg.revision_of_model)
         flat = shares_prefixes(self._settings, base)
         prepare_models(flat, base, ref_model)
+        if kwargs["args"].disable_dropout:
+            disable_dropout(model, ref_model)
         kwargs["data_collator"] = make_collator(self._settings, kwargs, flat)
         super().__init__(*self._for_trl(model, ref_model), **kwargs)
         if isinstance(model, PolicyReferenceModel):
@@ -239,21 +240,28 @@ class PreferenceTrainer(OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: i
     def _verify_step_zero(self, logps: PairLogps) -> None:
         """Stop if the policy is not the reference before the first step, though both start from the same weights.
 
-        Kept log-probs come from batches of another shape, which in bf16 moves rewards by more than the tolerance; they
-        are checked where they are made.
+        Kept log-probs come from batches of another shape, which in bf16 moves them by more than the tolerance; they are
+        checked where they are made. What an evaluation computes before the first step is not what is trained on.
         """
-        if not self._check_step_zero:
+        if not (self._check_step_zero and self.model.training and self.reference.fresh):
             return
         self._check_step_zero = False
-        if self.state.global_step > 0 or not self.args.disable_dropout or not self.reference.fresh:
+        if self.state.global_step > 0 or not self.args.disable_dropout:
             return
-        worst = torch.stack([logps.chosen_rewards, logps.rejected_rewards]).detach().abs().max().item()
-        if not worst <= STEP_ZERO_TOLERANCE:
+        worst = largest_deviation(logps, self._coarsest_dtype())
+        if not worst.explained:
             raise ReferenceMismatchError(
                 "before the first step policy and reference come from the same weights, so every reward must be 0, "
-                f"but the largest is {worst:.3g} (tolerance {STEP_ZERO_TOLERANCE}). Something changes the model "
-                "between the two forwards: another plugin, a patched kernel, or dropout. Remove it from the config."
+                f"but the largest is {self.beta * worst.nats:.3g}: {worst.nats:.3g} nats over {worst.tokens} tokens, "
+                f"where rounding explains {worst.allowed:.2g}. Something changes the model between the two forwards: "
+                "another plugin, a patched kernel, or dropout. Remove it from the config."
             )
+
+    def _coarsest_dtype(self) -> torch.dtype:
+        args = self.args  # TF32 has fp16's resolution
+        half = [torch.bfloat16] * bool(args.bf16) + [torch.float16] * bool(args.fp16 or args.tf32)
+        coarsest: torch.dtype = max([self.model.dtype, *half], key=lambda dtype: torch.finfo(dtype).eps)
+        return coarsest
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-step, without the garbage collection of axolotl 0.19 (core/trainers/dpo/trainer.py:100).
