@@ -1,6 +1,7 @@
 """Reference strategies and their kept log-probs in whole runs."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,9 @@ import yaml
 from safetensors.torch import load_file
 
 from dpo_plugin.errors import AdapterError, ConfigError
+from dpo_plugin.host.log import LOG
 from dpo_plugin.model.adapters import POLICY, REFERENCE, adapter_tensors
+from dpo_plugin.model.cache import _SAMPLE, _SAMPLES, weights_digest
 from tests.support import host
 from tests.support.tiny import chat_row, dpo_config, save_adapter, save_base, write_rows
 
@@ -20,6 +23,14 @@ ROWS = [chat_row(f"Question {n}?", f"Good answer {n}.", f"Bad {n}.", "s") for n 
 @pytest.fixture
 def rows(tmp_path):
     return write_rows(tmp_path / "rows.jsonl", ROWS)
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What the run warns of."""
+    lines = []
+    monkeypatch.setattr(LOG, "warning", lines.append)
+    return lines
 
 
 def config(base_dir, sft_dir, rows, tmp_path, output="out", **settings):
@@ -125,6 +136,28 @@ def counted(run):
     return run.trainer.reference.forwards
 
 
+def edit_config(folder, **changes):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return folder
+
+
+def scale_unsampled_weights(folder, factor=1.05):
+    """Change what `weights_digest` does not read: 38 % of the values of this model."""
+    before, file = weights_digest(folder), folder / "model.safetensors"
+    content = file.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")  # of the values, after safetensors' header
+    values = torch.frombuffer(bytearray(content[begin:]), dtype=torch.float32)
+    seen = torch.zeros(len(content), dtype=torch.bool)
+    for index in range(_SAMPLES):
+        seen[index * (len(content) - _SAMPLE) // (_SAMPLES - 1) :][:_SAMPLE] = True
+    unseen = ~seen[begin:].reshape(-1, 4).any(1)
+    assert 0.3 < unseen.float().mean() < 0.5
+    file.write_bytes(content[:begin] + torch.where(unseen, values * factor, values).numpy().tobytes())
+    assert weights_digest(folder) == before
+    return folder
+
+
 class TestKeptLogProbs:
     def test_a_second_run_with_other_settings_runs_the_reference_never(self, base_dir, sft_dir, rows, tmp_path):
         common = {**reference(cache=str(tmp_path / "kept")), "max_steps": 4}
@@ -138,8 +171,10 @@ class TestKeptLogProbs:
         other = host.train(config(base_dir, sft_dir, rows, tmp_path, "other", **common, **changed), tmp_path / "c")
         assert counted(other) == 0
 
-    @pytest.mark.parametrize("change", ["row", "adapter", "base", "length", "quantisation", "template"])
-    def test_what_the_reference_says_changes_is_computed_again(self, base_dir, sft_dir, rows, tmp_path, change):
+    @pytest.mark.parametrize(
+        "change", ["row", "adapter", "alpha", "base", "weights", "rope", "length", "quantisation", "template"]
+    )
+    def test_what_the_reference_says_changes_is_computed_again(self, base_dir, sft_dir, rows, tmp_path, change, said):
         common = reference(cache=str(tmp_path / "kept"))
         host.train(config(base_dir, sft_dir, rows, tmp_path, **common), tmp_path / "a")
         settings = dict(common)
@@ -147,8 +182,16 @@ class TestKeptLogProbs:
             rows = write_rows(rows, [*ROWS[:7], chat_row("Question 7?", "Other answer.", "Bad 7.", "s")])
         if change == "adapter":
             sft_dir = save_adapter(base_dir, tmp_path / "sft2", seed=9)
+        if change == "alpha":
+            sft_dir = edit_config(shutil.copytree(sft_dir, tmp_path / "sft2"), lora_alpha=18)
+            settings["lora_alpha"] = 18
         if change == "base":
             base_dir = save_base(tmp_path / "base2", seed=3)
+        if change == "weights":
+            base_dir = scale_unsampled_weights(shutil.copytree(base_dir, tmp_path / "base2"))
+        if change == "rope":
+            rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+            settings["overrides_of_model_config"] = {"rope_parameters": rope}
         if change == "length":
             settings |= {"sequence_len": 63, "excess_length_strategy": "truncate", **common}
         if change == "quantisation":
@@ -156,7 +199,22 @@ class TestKeptLogProbs:
         if change == "template":
             settings |= {"chat_template": "chatml"}
         again = host.train(config(base_dir, sft_dir, rows, tmp_path, "again", **settings), tmp_path / "b")
+        assert [line["loss"] for line in again.lines][:1] == pytest.approx([0.693147], abs=1e-5)
         assert counted(again) > 0
+        if change == "weights":
+            assert len([line for line in said if "are not those of this reference" in line]) == 1
+
+    def test_rotary_frequencies_that_depend_on_other_rows_are_said_once_and_nothing_is_kept(
+        self, base_dir, sft_dir, rows, tmp_path, said
+    ):
+        factors = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "original_max_position_embeddings": 24}
+        rope = {"rope_type": "longrope", "factor": 2.0, "rope_theta": 10000.0, **factors}
+        section = reference(cache=str(tmp_path / "kept"))
+        settings = {**section, "overrides_of_model_config": {"rope_parameters": rope}}
+        run = host.train(config(base_dir, sft_dir, rows, tmp_path, **settings), tmp_path)
+        assert run.trainer.reference.store is None
+        assert len([line for line in said if "depend on the longest row" in line]) == 1
+        assert not list(tmp_path.rglob("*.logps"))
 
     def test_precompute_fills_the_store_before_step_1(self, base_dir, sft_dir, rows, tmp_path):
         common = {**reference(cache=str(tmp_path / "kept")), "max_steps": 2}
@@ -202,8 +260,6 @@ class TestKeptLogProbs:
 
 
 def test_a_truncated_adapter_file_is_refused(base_dir, sft_dir, rows, tmp_path):
-    import shutil
-
     cut = shutil.copytree(sft_dir, tmp_path / "cut")
     weights = cut / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

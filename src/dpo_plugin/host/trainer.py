@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
-from dpo_plugin.compute.batching import find_row, to_pair_batch
+from dpo_plugin.compute.batching import find_row, sequences, to_pair_batch
 from dpo_plugin.compute.dropout import disable_dropout
 from dpo_plugin.compute.head import ForwardOptions
 from dpo_plugin.compute.logps import pair_logps, run_model, total_loss
@@ -40,7 +40,7 @@ from dpo_plugin.host.metering import LogsMetrics
 from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.progress import Progress
 from dpo_plugin.host.samples import SamplesCallback
-from dpo_plugin.host.store import open_store
+from dpo_plugin.host.store import open_store, rounding
 from dpo_plugin.host.travel import Travel
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel, attach
 from dpo_plugin.model.references import KeptReference
@@ -85,8 +85,8 @@ class PreferenceTrainer(OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: i
         self._be_ready_for_engine()
         self._set_up_losses()
         strategy = self._settings.strategy(model, self.ref_model, self._settings.config.reference)
-        store = open_store(self._settings, strategy, base)
-        self.reference = KeptReference(strategy, store, self._on_any_rank)
+        store = open_store(self._settings, strategy, base, self._longest_row)
+        self.reference = KeptReference(strategy, store, self._on_any_rank, rounding(), self._warn)
         check_lengths(self.data_collator, named_datasets(self))
         self.add_callback(ReferenceCallback(self))
         for callback in (ProgressCallback, PrinterCallback):
@@ -184,6 +184,16 @@ class PreferenceTrainer(OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: i
         for pack in inputs.get("packs", [inputs]):
             self.reference.logps(model, to_pair_batch(pack), self.reference_forward)
 
+    def _longest_row(self) -> int:
+        """Tokens of the longest row of any data set, padding included."""
+        rows = (ids for _, data in named_datasets(self) for row in data for ids in sequences(row))
+        multiple = self.data_collator.pad_to_multiple_of or 1
+        return -(-max(map(len, rows), default=0) // multiple) * multiple
+
+    def _warn(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            LOG.warning(message)
+
     def reference_forward(self, model: Any, batch: PairBatch) -> CompletionLogps:
         """Run a model on a batch as the reference is run: without what only the policy's step needs."""
         return run_model(model, batch, self._reference_options)
@@ -206,7 +216,8 @@ class PreferenceTrainer(OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: i
             return torch.stack([self._compute_loss(model, pack, False) for pack in weighted(inputs["packs"])]).sum()
         batch = to_pair_batch(inputs)
         policy = run_model(model, batch, self._forward_options)
-        ref_logps = self.reference.logps(model, batch, self.reference_forward)
+        anew = self._check_step_zero and self.model.training
+        ref_logps = self.reference.logps(model, batch, self.reference_forward, anew)
         logps = pair_logps(policy, ref_logps, self.beta, batch.sources)
         self._check_finite(logps, batch)
         self._verify_step_zero(logps)
@@ -240,8 +251,8 @@ class PreferenceTrainer(OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: i
     def _verify_step_zero(self, logps: PairLogps) -> None:
         """Stop if the policy is not the reference before the first step, though both start from the same weights.
 
-        Kept log-probs come from batches of another shape, which in bf16 moves them by more than the tolerance; they are
-        checked where they are made. What an evaluation computes before the first step is not what is trained on.
+        Kept log-probs come from batches of another shape, which in bf16 moves them by more than the tolerance; the
+        reference is run anew for this batch. What an evaluation computes before the first step is not what is trained on.
         """
         if not (self._check_step_zero and self.model.training and self.reference.fresh):
             return

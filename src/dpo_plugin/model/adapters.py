@@ -245,15 +245,31 @@ def adapter_tensors(model: PolicyReferenceModel, name: str) -> dict[str, Tensor]
     return tensors
 
 
+_NEUTRAL = (
+    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
+    "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save", "peft_type",
+    "peft_version", "revision", "target_modules", "task_type",
+)  # fmt: skip
+"""What an ``adapter_config.json`` says that, its tensors given, does not change what the adapter computes."""
+
+
+def adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an adapter that its tensors do not show: rank and alpha, which scale them, and their patterns."""
+    facts = {name: value for name, value in config.items() if name not in _NEUTRAL}
+    found: dict[str, Any] = json.loads(json.dumps(facts, default=str))
+    return found
+
+
 def adapter_digest(model: PolicyReferenceModel, name: str, whole: Callable[[Tensor], Tensor] = Tensor.detach) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of an adapter's tensors.
+    """SHA-256 over names, shapes, dtypes and bytes of an adapter's tensors, and the settings that scale them.
 
     Args:
         model: The model.
         name: The adapter.
         whole: Makes a tensor whole of which this rank holds a part.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(adapter_settings(model.peft_config[name].to_dict()), sort_keys=True).encode())
     for key, tensor in sorted(adapter_tensors(model, name).items()):
         digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(whole(tensor).cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 import uuid
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ _RECORD = struct.Struct("<32sff")  # key, chosen and rejected log-prob in nats
 _CHECKED = struct.Struct("<32sffI")
 
 _SAMPLE, _SAMPLES = 1 << 16, 64  # bytes; 64 blocks tell two fine-tunes of one model apart without reading 145 GB
+
+_NEUTRAL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+"""What a model's config says that does not change what it computes; the precision is a part of the key of its own."""
 
 
 def store_key(**parts: Any) -> str:
@@ -46,8 +51,50 @@ def weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def config_digest(config: Any) -> str:
+    """Digest of a model's config as loaded: with its overrides, rope scaling and the size of its vocabulary."""
+    facts = {name: value for name, value in config.to_dict().items() if name not in _NEUTRAL}
+    content = json.dumps(facts, sort_keys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def rope_limit(config: Any) -> int | None:
+    """Tokens of a row from which on the rotary frequencies of all rows beside it change; None if they never do.
+
+    transformers recomputes them by the longest row of a batch for ``dynamic`` and ``longrope``
+    (modeling_rope_utils.py, ``dynamic_rope_update``), so a pair's log-prob depends on its neighbours.
+    """
+    config = config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for rope in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
+        kind = str(rope.get("rope_type"))
+        if kind == "longrope" or "dynamic" in kind:
+            limits.append(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+    return min(limits, default=None)
+
+
+def deviation(kept: Tensor, fresh: Tensor, tokens: Tensor) -> float:
+    """How far kept log-probs are from those of a forward, in nats per square root of a token.
+
+    Rounding moves a token's log-prob by some σ in either direction, so a sum over n tokens by σ √n, and both figures
+    taken here by σ; a model that is another one moves all tokens, or the sum of all.
+
+    Args:
+        kept: (pairs, 2) nats; NaN where none is kept.
+        fresh: (pairs, 2) nats; what is not finite is left out, and refused elsewhere.
+        tokens: (pairs, 2) number of tokens.
+    """
+    known = ~torch.isnan(kept) & torch.isfinite(fresh)
+    if not known.any():
+        return 0.0
+    difference, tokens = (fresh - kept)[known].double(), tokens[known].double().clamp(min=1)
+    single, together = (difference.square() / tokens).mean().sqrt(), difference.sum().abs() / tokens.sum().sqrt()
+    return float(torch.maximum(single, together))
+
+
 class ReferenceLogpStore:
-    """Reference log-probs by row key, in memory and, where possible, on disk.
+    """Reference log-probs by row key, in memory and, where possible, on disk; what is not finite is never kept.
 
     Args:
         folder: Where stores are kept; None keeps the values in memory alone.
@@ -55,7 +102,7 @@ class ReferenceLogpStore:
 
     Attributes:
         failure: Why nothing more is written to disk, or None.
-        damaged: Records on disk that failed their checksum.
+        damaged: Files on disk that cannot be read, and records that are torn, failed their checksum or are not finite.
     """
 
     def __init__(self, folder: Path | None, key: str):
@@ -64,6 +111,8 @@ class ReferenceLogpStore:
         self.damaged = 0
         self._values: dict[bytes, tuple[float, float]] = {}
         self._unwritten: list[bytes] = []
+        self._from_disk: dict[Path, set[bytes]] = {}
+        self._outdated: set[Path] = set()
         self._file: Path | None = None
         if self.folder is not None:
             self._read(self.folder)
@@ -77,14 +126,36 @@ class ReferenceLogpStore:
 
     def _read(self, folder: Path) -> None:
         for file in sorted(folder.glob("*.logps")):
-            content = file.read_bytes()
+            if file == self._file or file in self._outdated:
+                continue
+            found = self._from_disk.setdefault(file, set())
+            try:
+                content = file.read_bytes()
+            except OSError:
+                self.damaged += 1
+                continue
             whole = len(content) - len(content) % _CHECKED.size
             self.damaged += len(content) != whole
             for key, chosen, rejected, check in _CHECKED.iter_unpack(content[:whole]):
-                if zlib.crc32(_RECORD.pack(key, chosen, rejected)) == check:
-                    self._values[key] = (chosen, rejected)
-                else:
+                sound = zlib.crc32(_RECORD.pack(key, chosen, rejected)) == check
+                if not sound or not math.isfinite(chosen + rejected):
                     self.damaged += 1
+                elif key not in self._values:
+                    self._values[key] = (chosen, rejected)
+                    found.add(key)
+
+    def _is_from_disk(self, key: bytes) -> bool:
+        return any(key in keys for keys in self._from_disk.values())
+
+    def forget(self) -> None:
+        """Drop what was read from disk, there as well where this process may delete it."""
+        for file, keys in self._from_disk.items():
+            for key in keys:
+                del self._values[key]
+            with suppress(OSError):
+                file.unlink()
+        self._outdated.update(self._from_disk)
+        self._from_disk.clear()
 
     def reload(self) -> None:
         """Read again what other processes have written meanwhile."""
@@ -97,10 +168,15 @@ class ReferenceLogpStore:
             return None
         return torch.tensor([self._values[key] for key in keys], dtype=torch.float32, device=device)
 
+    def read(self, keys: Sequence[bytes]) -> Tensor:
+        """(pairs, 2) fp32 nats of these rows as read from disk, NaN for one that was not."""
+        missing = (math.nan, math.nan)
+        return torch.tensor([self._values[key] if self._is_from_disk(key) else missing for key in keys])
+
     def put(self, keys: Sequence[bytes], logps: Tensor) -> None:
         """Add (pairs, 2) log-probs; they reach the disk with the next `flush`."""
         for key, (chosen, rejected) in zip(keys, logps.tolist(), strict=True):
-            if key not in self._values:
+            if key not in self._values and math.isfinite(chosen + rejected):
                 self._values[key] = (chosen, rejected)
                 self._unwritten.append(key)
 
