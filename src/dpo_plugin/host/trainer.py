@@ -251,8 +251,8 @@ class PreferenceTrainer(OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: i
     def _verify_step_zero(self, logps: PairLogps) -> None:
         """Stop if the policy is not the reference before the first step, though both start from the same weights.
 
-        Kept log-probs come from batches of another shape, which in bf16 moves them by more than the tolerance; the
-        reference is run anew for this batch. What an evaluation computes before the first step is not what is trained on.
+        Kept log-probs come from batches of another shape, which in bf16 moves them by more than the tolerance, so the
+        reference is run anew for this batch. What an evaluation computes before is not what is trained on.
         """
         if not (self._check_step_zero and self.model.training and self.reference.fresh):
             return
