@@ -65,7 +65,7 @@ class PairBatch:
         input_ids: (rows, length) token ids.
         predicts: (tokens,) positions in ``input_ids.flatten()`` whose output predicts a completion token.
         labels: (tokens,) the completion tokens.
-        sides: (tokens,) the side each belongs to.
+        lengths: Completion tokens of each side; in ``predicts`` and ``labels`` they follow each other.
         tail: (tokens,) whether it lies beyond the length of its pair's shorter completion.
         pairs: Number of pairs.
         attention_mask: (rows, length), 1 where a token is; two rows only.
@@ -78,7 +78,7 @@ class PairBatch:
     input_ids: Tensor
     predicts: Tensor
     labels: Tensor
-    sides: Tensor
+    lengths: Sequence[int]
     tail: Tensor
     pairs: int
     attention_mask: Tensor | None = None

@@ -164,7 +164,7 @@ def _fields(examples: Sequence[Example], predicts: list[Tensor]) -> dict[str, An
     return {
         "predicts": torch.cat(predicts),
         "labels": torch.tensor([token for label in labels for token in label], dtype=torch.long),
-        "sides": torch.repeat_interleave(torch.arange(2 * pairs), torch.tensor(lengths)),
+        "lengths": lengths,
         "tail": torch.cat(tail),
         "pairs": pairs,
         "sources": [str(example.get("source") or "") for example in examples],
