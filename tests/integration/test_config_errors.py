@@ -128,6 +128,12 @@ def prepare(config, folder):
             "finds no adapter. Write: lora_model_dir",
         ),
         ({"dpo_loss_type": ["sigmoyd"]}, ConfigError, "'sigmoyd'.*Write: dpo_loss_type: sigmoid"),
+        ({"peft_init_lora_weights": "pissa"}, ConfigError, "`peft_init_lora_weights` .* pissa, .*reference"),
+        (
+            {"peft": {"loftq_config": {"loftq_bits": 4}}},
+            ConfigError,
+            "`peft.loftq_config` .*Write: peft.loftq_config: null",
+        ),
         ({"rl_beta": 0}, ConfigError, "`rl_beta: 0` must be above 0"),
         ({"trainer_cls": "other.Trainer"}, ConfigError, "`trainer_cls: other.Trainer`"),
     ],

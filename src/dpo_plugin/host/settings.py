@@ -14,6 +14,7 @@ from dpo_plugin.host.parallel import check_parallel
 from dpo_plugin.host.prompts import check_samples
 from dpo_plugin.host.raw_config import DATA_SUFFIXES
 from dpo_plugin.model.adapters import AdapterFolder
+from dpo_plugin.model.inits import check_fresh_init
 from dpo_plugin.model.references import ReferenceStrategy
 from dpo_plugin.monitor.health import HealthCheck
 from dpo_plugin.monitor.metrics import USUAL, PreferenceMetric
@@ -146,6 +147,7 @@ def _check_smoothing(given: Any, names: list[str]) -> None:
 def _policy_folder(cfg: Mapping[str, Any]) -> AdapterFolder | None:
     path = cfg.get("lora_model_dir")
     if not path:
+        _check_fresh_lora(cfg)
         return None
     if not cfg.get("adapter"):
         raise ConfigError("`lora_model_dir` is set but `adapter` is not. Write: adapter: lora (or qlora)")
@@ -158,6 +160,13 @@ def _policy_folder(cfg: Mapping[str, Any]) -> AdapterFolder | None:
                 f"the policy starts from that adapter and keeps its shape. Write: {key}: {found}"
             )
     return folder
+
+
+def _check_fresh_lora(cfg: Mapping[str, Any]) -> None:
+    check_fresh_init(cfg.get("peft_init_lora_weights"))
+    peft = cfg.get("peft")
+    if isinstance(peft, Mapping) and peft.get("loftq_config"):
+        check_fresh_init("loftq")
 
 
 def _reference(

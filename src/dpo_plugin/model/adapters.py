@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dpo_plugin.errors import AdapterError
+from dpo_plugin.model.inits import check_fresh_init, check_saved_init
 
 # PEFT saves the adapter called "default" into the folder itself and any other into a folder of its own.
 POLICY = "default"
@@ -157,6 +158,7 @@ class AdapterFolder:
         kind = self.config.get("peft_type")
         if kind != "LORA":
             raise AdapterError(f"`{self.key}: {self.path}` is a {kind} adapter; only LORA adapters are supported.")
+        check_saved_init(self.config.get("init_lora_weights"), self.key, self.path)
         if self.config.get("bias", "none") != "none":
             raise AdapterError(
                 f"`{self.key}: {self.path}` trains biases (bias: {self.config['bias']}), which live in the base model "
@@ -184,14 +186,16 @@ def attach(
 
     Raises:
         AdapterError: If an adapter does not fit the base, or was not attached as it is on disk.
+        ConfigError: If a fresh LoRA would change the base.
     """
     if isinstance(policy, AdapterFolder):
         model = _wrap(base, LoraConfig.from_pretrained(str(policy.path)), policy)
         model.starts_as_base = False
         _load(model, policy, POLICY)
     else:
+        check_fresh_init(policy.init_lora_weights)
         model = _wrap(base, policy, None)
-        model.starts_as_base = policy.init_lora_weights is True
+        model.starts_as_base = policy.init_lora_weights in (True, "gaussian", "eva")
     if reference is not None:
         _load(model, reference, REFERENCE)
     model.bind_switch()
