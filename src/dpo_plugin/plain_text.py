@@ -7,7 +7,7 @@ import re
 # C0, DEL and C1 (which terminals obey), line and paragraph separators, bidirectional overrides, lone surrogates.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _CONTROL_IN_LINES = re.compile(f"(?![\n\t]){_CONTROL.pattern}")
-_MARKDOWN = re.compile(r"[\\`*_{}\[\]<>$|#~&]")
+_MARKDOWN = re.compile(r"[\\`*_<>$|~&]|(?<=\])[(\[]")  # a bracket alone is no link
 
 
 def one_line(text: str, longest: int | None = None) -> str:
@@ -21,14 +21,14 @@ def one_line(text: str, longest: int | None = None) -> str:
     return escaped if longest is None or len(escaped) <= longest else escaped[: longest - 1] + "…"
 
 
-def lines(text: str) -> str:
-    """The same, but line breaks and tabs stay."""
+def terminal_text(text: str) -> str:
+    """Text without what a terminal obeys, but with its line breaks and tabs."""
     return _CONTROL_IN_LINES.sub(_escape, text)
 
 
 def markdown(text: str) -> str:
     """Text that Markdown shows as it is, on one line: no markup, HTML, formula or table cell begins in it."""
-    return _MARKDOWN.sub(r"\\\g<0>", lines(text)).replace("\n", "<br>")
+    return _MARKDOWN.sub(r"\\\g<0>", terminal_text(text)).replace("\n", "<br>")
 
 
 def _escape(character: re.Match[str]) -> str:

@@ -275,7 +275,7 @@ class Preparation:
         if (unknown := self.renderer.unknown_id) is not None:
             lost = sum(side.count(unknown) for side in (ids.prompt, ids.chosen, ids.rejected))
             if lost:
-                return UNKNOWN, f"the tokenizer has no token for {lost} pieces of the text"
+                return UNKNOWN, f"the tokenizer has no token for {lost} piece(s) of the text"
         return (EQUAL_IDS, "chosen and rejected are the same tokens") if ids.chosen == ids.rejected else None
 
     def _fit(self, number: int, ids: PairIds, length: int) -> tuple[PairIds, list[int]] | None:

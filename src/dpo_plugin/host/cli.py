@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from functools import wraps
+from itertools import chain, islice
 from typing import Any
 
 import click
@@ -46,7 +47,7 @@ def show(result: Any) -> None:
 
     console = Console(soft_wrap=True, highlight=False)
     for part in result:
-        console.print(part, markup=False) if isinstance(part, str) else console.print(part)
+        console.print(part, markup=False, emoji=False) if isinstance(part, str) else console.print(part)
 
 
 @dpo.command()
@@ -71,7 +72,7 @@ def plugins(as_json: bool) -> Any:
 
 @dpo.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
-@click.option("--rows", default=3, show_default=True, help="How many pairs to show.")
+@click.option("--rows", type=click.IntRange(min=0), default=3, show_default=True, help="How many pairs to show.")
 @click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @explained
@@ -84,9 +85,8 @@ def preview(config: str, rows: int, split: str, as_json: bool) -> Any:
 
     cfg, settings = read_config(config)
     tokenizer, parts, audits = prepare_all(cfg, settings)
-    shown = [row for part in parts["datasets" if split == "train" else "test_datasets"] for row in part.take(rows)][
-        :rows
-    ]
+    chosen = parts["datasets" if split == "train" else "test_datasets"]
+    shown = list(islice(chain.from_iterable(chosen), rows))
     if as_json:
         return {"pairs": [pair_record(row, tokenizer) for row in shown], "audit": audits}
     side = settings.config.data.truncation_side

@@ -87,6 +87,7 @@ class Comparison:
     def parts(self) -> list[Any]:
         """Texts and tables for the terminal."""
         from rich.table import Table
+        from rich.text import Text
 
         head = [f"policy: {self.policy}", f"reference: {self.reference}", *([self.note] if self.note else [])]
         answers = samples_table(self.samples, "Answers")
@@ -94,7 +95,7 @@ class Comparison:
             return [*head, answers, "no held-out data: the config has neither test_datasets nor val_set_size"]
         table = Table("held-out", "accuracy", "margin", "pairs", title="Held-out pairs")
         for name, figures in {"all": self.held_out, **self.by_source}.items():
-            table.add_row(name, f"{figures.accuracy:.3f}", f"{figures.margin:+.3f}", str(figures.pairs))
+            table.add_row(Text(name), f"{figures.accuracy:.3f}", f"{figures.margin:+.3f}", str(figures.pairs))
         return [*head, answers, table]
 
 

@@ -159,8 +159,14 @@ def report_audits(audits: Sequence[Mapping[str, Any]], output_dir: Path) -> None
     """Print the audits and write ``data_audit.json``, on one process."""
     if int(os.environ.get("RANK", "0")) != 0:
         return
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "data_audit.json").write_text(json.dumps({"datasets": list(audits)}, indent=2), encoding="utf-8")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "data_audit.json").write_text(json.dumps({"datasets": list(audits)}, indent=2), encoding="utf-8")
+    except OSError as error:
+        raise DataError(
+            f"the data audit cannot be written to `output_dir: {output_dir}`: {error.strerror}. Write: output_dir: <a "
+            "folder that you can write to>"
+        ) from error
     LOG.info("dpo_plugin: data audit\n" + "\n".join(audit_lines(audits)))
 
 

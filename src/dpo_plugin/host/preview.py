@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.text import Text
 
+from dpo_plugin.plain_text import terminal_text
+
 PROMPT, COMPLETION, SPECIAL, CUT = "dim", "bold", "bold magenta", "bold red"
 
 
@@ -43,5 +45,5 @@ def ids_text(ids: Sequence[int], tokenizer: Any, style: str) -> Text:
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     text = Text()
     for is_special, group in groupby(ids, key=special.__contains__):
-        text.append(tokenizer.decode(list(group)), style=SPECIAL if is_special else style)
+        text.append(terminal_text(tokenizer.decode(list(group))), style=SPECIAL if is_special else style)
     return text

@@ -219,7 +219,9 @@ def _dress(axes: Axes, colours: Mapping[str, str]) -> None:
     axes.margins(x=0.02)
     labels = [text for text in axes.get_legend_handles_labels()[1] if text]
     if labels:
-        axes.legend(
+        legend = axes.legend(
             loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=min(3, len(labels)), frameon=False, fontsize=9.5,
             labelcolor=colours[_INK], handlelength=1.2, columnspacing=1.0, borderaxespad=0.1,
         )  # fmt: skip
+        for text in legend.get_texts():  # a source may be called $x$
+            text.set_parse_math(False)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from dpo_plugin.errors import ConfigError
+from dpo_plugin.plain_text import markdown, terminal_text
 from dpo_plugin.types import Message
 
 _ROLES = ("system", "user", "assistant", "tool")
@@ -151,7 +152,8 @@ def samples_table(samples: Sequence[Sample], title: str) -> Any:
     table = Table(*columns, title=title, show_lines=True)
     for sample in samples:
         prompt = sample.prompt if len(sample.prompt) <= _SHOWN else "… " + sample.prompt[-_SHOWN:]
-        table.add_row(Text(prompt, style="dim"), Text(_cell(sample.reference)), Text(_cell(sample.policy)))
+        cells = (_cell(sample.reference), _cell(sample.policy))
+        table.add_row(Text(terminal_text(prompt), style="dim"), *(Text(terminal_text(cell)) for cell in cells))
     return table
 
 
@@ -166,10 +168,10 @@ def samples_markdown(samples: Sequence[Sample]) -> str:
 
     def cell(value: Any) -> str:
         shown = f"{value:+.3f}" if isinstance(value, float) else str(value or "")
-        return shown.replace("|", "\\|").replace("\n", "<br>")
+        return markdown(shown)
 
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *([cell(value) for value in sample.row()] for sample in samples)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = [COLUMNS, ["---"] * len(COLUMNS), *([cell(value) for value in sample.row()] for sample in samples)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)
 
 
 def append_samples(file: Path, samples: Sequence[Sample]) -> None:
