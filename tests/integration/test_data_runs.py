@@ -193,7 +193,7 @@ def test_preview_shows_pairs_and_audit_without_a_model(base_dir, tmp_path):
     weightless = shutil.copytree(base_dir, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
     config = dpo_config(weightless, tmp_path / "out", datasets=data, sequence_len=80, excess_length_strategy="truncate")
     file.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "dpo_plugin", "preview", str(file), "--rows", "1"]
+    command = [sys.executable, "-m", "dpo_plugin", "preview", str(file), "--rows", "5"]  # more than there are
     told = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
     (pair,) = told["pairs"]
     assert pair["chosen"]["text"].endswith("<|im_end|>")
