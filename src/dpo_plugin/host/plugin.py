@@ -12,6 +12,7 @@ from transformers import EarlyStoppingCallback
 
 from dpo_plugin.errors import AdapterError, ConfigError
 from dpo_plugin.host import datasets as host_datasets
+from dpo_plugin.host import excepthook
 from dpo_plugin.host.command import intended_rl, running_command, use_trained_adapter
 from dpo_plugin.host.distributed import accept_fsdp2_with_nf4, reference_digest, refuse_moving_reference
 from dpo_plugin.host.log import LOG
@@ -50,6 +51,7 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         Raises:
             DPOPluginError: For anything that the config alone shows to be wrong.
         """
+        excepthook.install()
         self.settings = None
         command = running_command(cfg)
         if intended_rl(cfg) in ("dpo", "ipo") and command in ("merge-lora", "inference"):
