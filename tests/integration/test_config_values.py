@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.host.cli import dpo
 from dpo_plugin.host.raw_config import RawConfig, typed
+from dpo_plugin.host.trl_names import LINES
 from tests.fuzz import configs
 from tests.support import host
 from tests.support.tiny import ROOT, dpo_config
@@ -80,6 +81,43 @@ def test_a_value_of_the_wrong_type(base_dir, tmp_path, monkeypatch, change, key,
     with pytest.raises(ConfigError) as error:
         host.load_config({**dpo_config(base_dir, tmp_path / "out"), **change}, tmp_path)
     assert_ends_with_the_line(str(error.value), key, line)
+
+
+TRL = [
+    ({"beta": 0.2}, "`beta: 0.2`", "rl_beta: 0.2"),
+    ({"loss_type": ["ipo"]}, "`loss_type: ipo`", "dpo_loss_type: [ipo]"),
+    ({"loss_weights": [1.0, 0.5]}, "`loss_weights: 1.0, 0.5`", "dpo_loss_weights: [1.0, 0.5]"),
+    ({"max_length": 1024}, "`max_length: 1024`", "sequence_len: 1024"),
+    ({"max_prompt_length": 512}, "`max_prompt_length: 512`", "sequence_len: <tokens of prompt and completion>"),
+    ({"ref_adapter_name": "ref"}, "`ref_adapter_name: ref`", "dpo_plugin: {reference: {adapter_dir: <folder of the adapter>}}"),
+    ({"rl_adapter_ref_model": "sft"}, "`rl_adapter_ref_model: sft`", "dpo_plugin: {reference: {adapter_dir: <folder of the adapter>}}"),
+    ({"f_divergence_type": "js_divergence"}, "`f_divergence_type: js_divergence`", "dpo_plugin: {loss: {f_divergence: js_divergence}}"),
+    ({"per_device_train_batch_size": 2}, "`per_device_train_batch_size: 2`", "micro_batch_size: 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "key", "line"), TRL)
+def test_a_name_of_trl(base_dir, tmp_path, change, key, line):
+    with pytest.raises(ConfigError) as error:
+        host.load_config(dpo_config(base_dir, tmp_path / "out", **change), tmp_path)
+    assert str(error.value).startswith(key)
+    assert str(error.value).endswith(f"would leave it out. Write: {line}")
+
+
+def test_no_name_of_trl_is_a_key_of_the_host():
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    assert not set(LINES) & set(AxolotlInputConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "hints"), [({}, 1), ({"val_set_size": 0.1}, 0), ({"test_datasets": entry()["datasets"]}, 0)]
+)
+def test_one_hint_without_held_out_pairs(base_dir, tmp_path, monkeypatch, change, hints):
+    said = []
+    monkeypatch.setattr("dpo_plugin.host.plugin.LOG.info", said.append)
+    host.load_config(dpo_config(base_dir, tmp_path / "out", **change), tmp_path)
+    assert len([line for line in said if line.endswith("Write: val_set_size: 0.05")]) == hints
 
 
 @pytest.mark.parametrize("name", sorted(RawConfig.model_fields))

@@ -130,7 +130,7 @@ def audit_lines(audits: Iterable[Mapping[str, Any]]) -> list[str]:
         out = ", ".join(f"{reason} {rows}" for reason, rows in sorted(audit["left_out"].items())) or "none"
         formats = ", ".join(f"{name} {rows}" for name, rows in audit["formats"].items())
         lines.append(f"{audit['where']} {audit['path']}: {audit['read']} rows read as {formats or 'nothing'}")
-        lines.append(f"  kept {audit['kept']}, of them cut {audit['cut']}; left out: {out}")
+        lines.append(f"  kept {audit['kept']} of {audit['read']} rows, of them cut {audit['cut']}; left out: {out}")
         lines += [f"  row {row['row']}: {row['reason']}: {row['message']}" for row in audit["examples"]]
         sources = audit["by_source"]
         if len(sources) > 1:

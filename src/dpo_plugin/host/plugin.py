@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from typing import Any
@@ -72,6 +73,8 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         refuse_moving_reference(cfg, self.settings.strategy)
         if command == "evaluate":
             self.settings = settings_for_evaluation(cfg, self.settings)
+        elif not (raw.get("test_datasets") or raw.get("val_set_size")) and os.environ.get("RANK", "0") == "0":
+            LOG.info("dpo_plugin: no pairs are held out, so overfitting cannot be seen. Write: val_set_size: 0.05")
         if offloads_to_host(raw):
             from dpo_plugin.host.plan import check_host_memory
 

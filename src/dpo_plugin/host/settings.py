@@ -10,9 +10,11 @@ from typing import Any
 from dpo_plugin.compute.losses import COUPLED, LOSSES, SMOOTHED
 from dpo_plugin.config import Action, DPOPluginConfig, parse_config
 from dpo_plugin.errors import ConfigError, DataError
+from dpo_plugin.host.hub import open_adapter
 from dpo_plugin.host.parallel import check_parallel
 from dpo_plugin.host.prompts import check_samples
 from dpo_plugin.host.raw_config import DATA_SUFFIXES
+from dpo_plugin.host.trl_names import check_names
 from dpo_plugin.model.adapters import AdapterFolder
 from dpo_plugin.model.inits import check_fresh_init
 from dpo_plugin.model.references import ReferenceStrategy
@@ -69,6 +71,7 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
     """
     registry = get_registry()
     config = parse_config(cfg.get("dpo_plugin"))
+    check_names(cfg)
     _check_host_keys(cfg)
     check_parallel(cfg)
     check_samples(cfg, config)
@@ -151,7 +154,7 @@ def _policy_folder(cfg: Mapping[str, Any]) -> AdapterFolder | None:
         return None
     if not cfg.get("adapter"):
         raise ConfigError("`lora_model_dir` is set but `adapter` is not. Write: adapter: lora (or qlora)")
-    folder = AdapterFolder.open(path, "lora_model_dir")
+    folder = open_adapter(path, "lora_model_dir")
     for key, saved in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):
         asked, found = cfg.get(key), folder.config.get(saved)
         if asked is not None and found is not None and asked != found:
@@ -191,7 +194,7 @@ def _reference(
     if not strategy.uses_reference_adapter:
         return name, strategy, None
     if directory:
-        return name, strategy, AdapterFolder.open(directory, "dpo_plugin.reference.adapter_dir")
+        return name, strategy, open_adapter(directory, "dpo_plugin.reference.adapter_dir")
     if policy is None:
         raise ConfigError(
             f"`dpo_plugin.reference.strategy: {name}` finds no adapter. Write: lora_model_dir: <SFT adapter folder>"

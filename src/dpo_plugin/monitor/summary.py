@@ -19,13 +19,14 @@ SHOWN = {
 """Field → how it is shown; one that a line lacks is left out."""
 
 
-def summary(line: Mapping[str, Any], step: int, steps: int) -> str:
+def summary(line: Mapping[str, Any], step: int, steps: int, time: str = "") -> str:
     """One short line for a line of the log.
 
     Args:
         line: Fields of a training step, of an evaluation, or of the end of a run.
         step: The step.
         steps: How many are planned; 0 in an evaluation without training.
+        time: What to say of the run's time at the end of a training step's line.
 
     Returns:
         A line without a newline; empty if there is nothing in it that is shown.
@@ -41,7 +42,7 @@ def summary(line: Mapping[str, Any], step: int, steps: int) -> str:
         return ""
     held_out = [prefix.replace("eval", "held-out", 1).rstrip("_")] if prefix else []
     where = [f"step {step:>{len(str(steps))}}/{steps}"] if steps else []
-    return "  ".join([*where, *held_out, *shown])
+    return "  ".join([*where, *held_out, *shown, *([time] if time and not held_out else [])])
 
 
 def duration(seconds: float) -> str:
