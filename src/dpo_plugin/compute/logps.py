@@ -106,8 +106,13 @@ def sum_completions(scores: Tensor, batch: PairBatch, options: ForwardOptions) -
     return CompletionLogps(per_side(logps), tokens, means[:, MEAN_LOGIT], weights, entropy)
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of long sums: fp64, so that they keep their digits; Apple's GPUs have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def sum_per_side(values: Tensor, batch: PairBatch) -> Tensor:
-    """Sum over each side's tokens, (2 * pairs, ...), in fp64 and in the same order each time, gradients included.
+    """Sum over each side's tokens, (2 * pairs, ...), in the same order each time, gradients included.
 
     ``index_add``, ``scatter_add`` and ``cumsum`` add in any order on CUDA (torch.use_deterministic_algorithms), which
     in fp32 moved the reward of an answer of 4,096 tokens by up to 2.7e-3 at β = 0.1 while policy and reference were
@@ -117,7 +122,7 @@ def sum_per_side(values: Tensor, batch: PairBatch) -> Tensor:
         values: (tokens, ...), side after side.
         batch: The batch that was run.
     """
-    rows = list(torch.split(values.double(), list(batch.lengths)))
+    rows = list(torch.split(values.to(sum_dtype(values.device)), list(batch.lengths)))
     return nn.utils.rnn.pad_sequence(rows, batch_first=True).sum(dim=1)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_plugin.compute.logps import sum_dtype
 from dpo_plugin.errors import DPOPluginError
-from dpo_plugin.monitor.tallies import SUMS, MarginSample, SourceTally, length_figures, pair_sums, sum_dtype
+from dpo_plugin.monitor.tallies import SUMS, MarginSample, SourceTally, length_figures, pair_sums
 from dpo_plugin.types import PairLogps
 
 PreferenceMetric = Callable[[PairLogps], Tensor | None]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_plugin.compute.logps import sum_dtype
 from dpo_plugin.types import PairLogps
 
 MARGINS_KEPT = 4096
@@ -30,11 +31,6 @@ SUMS = (
     "chosen_logratio", "rejected_logratio", "chosen_logp", "rejected_logp",
 )  # fmt: skip
 """What `pair_sums` sums over pairs: margins, length differences in tokens, and nats per token."""
-
-
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of sums: fp64, so that thousands of pairs keep their digits; Apple's GPUs have none."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def pair_sums(logps: PairLogps) -> Tensor:
