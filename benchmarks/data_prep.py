@@ -5,6 +5,7 @@ Both read the same JSON lines of argilla's shape and end with token ids that a t
 ``type: dpo_plugin.chat``, hashing and storing included.
 
     python benchmarks/data_prep.py [--rows 20000] [--repeats 3]
+    python benchmarks/data_prep.py --memory 300000 1000000    # peak memory of ours alone, from parquet
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import json
 import os
 import platform
 import random
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -112,13 +115,69 @@ def timed(job: Any, *arguments: Any, **settings: Any) -> tuple[float, int]:
     return time.perf_counter() - started, result
 
 
+def write_parquet(file: Path, rows: int) -> None:
+    """Rows of `make_rows`, told apart by their number, written a part at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    part = make_rows(min(rows, 20_000), 1)
+    schema = pa.Table.from_pylist(part).schema
+    with pq.ParquetWriter(file, schema) as writer:
+        for start in range(0, rows, len(part)):
+            for number, row in enumerate(part[: rows - start], start=start):
+                for side in ("chosen", "rejected"):
+                    answer = row[side][-1]
+                    row[side] = [*row[side][:-1], {**answer, "content": f"{answer['content'].split('#')[0]}#{number}"}]
+            writer.write_table(pa.Table.from_pylist(part[: rows - start], schema=schema))
+
+
+def memory(rows: int) -> None:
+    """Print peak memory and seconds of one preparation; a process of its own, since a peak never falls."""
+    from dpo_plugin.data.formats import FORMATS
+    from dpo_plugin.data.prepare import LengthLimit, Preparation, PrepareOptions
+    from dpo_plugin.data.render import Renderer
+    from dpo_plugin.data.sources import local_source
+
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "rows.parquet"
+        # Not in this process, whose peak is to be that of preparation.
+        code = f"import sys; sys.path[:0] = {sys.path!r}; import data_prep, pathlib as p; "
+        subprocess.run(
+            [sys.executable, "-c", f"{code}data_prep.write_parquet(p.Path({str(file)!r}), {rows})"], check=True
+        )
+        renderer, options = Renderer(tiny.tokenizer()), PrepareOptions(LengthLimit(2048))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        source = local_source({"path": str(file)})
+        seconds, found = timed(
+            Preparation("datasets[0]", source, FORMATS["chat"], renderer, options).load_or_run, Path(temporary)
+        )
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        size = file.stat().st_size / 2**20
+    print(
+        f"{rows} rows ({size:.0f} MiB of parquet), {len(found[0])} kept: peak {peak / 2**20:.2f} GiB, of which "
+        f"{before / 2**20:.2f} GiB before the first row; {seconds:.0f} s"
+    )
+
+
 def main() -> None:
     """Print rows/s of both, their ratio, and a second run of ours with another learning rate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--memory", type=int, nargs="+", metavar="ROWS", help="measure peak memory instead of speed")
     arguments = parser.parse_args()
+    for rows in arguments.memory or ():
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                f"import sys; sys.path[:0] = {sys.path!r}; import data_prep; data_prep.memory({rows})",
+            ],
+            check=True,
+        )
+    if arguments.memory:
+        return
     figures: dict[str, list[float]] = {"stock": [], "ours": [], "ours, second run": []}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)

@@ -213,6 +213,8 @@ class TestPrompts:
             (b"", "`x.prompts: .*p.jsonl` is empty. Write: prompts: <"),
             (b"\xff\xfe", "is no UTF-8 text"),
             (b'{"prompt": "a"}\nno', 'line 2 is not JSON.*Write: {"prompt"'),
+            (b'{"prompt": ' + b"[" * 100_000, 'line 1 is not JSON.*Write: {"prompt"'),
+            (b'{"prompt": "\\ud83d"}', 'line 1 is not JSON.*surrogates.*Write: {"prompt"'),
             (b'{"question": "a"}', "line 1 has neither.*it has question. Write"),
             (b'{"prompt": " "}', "line 1 has neither"),
             (b'{"prompt": "a", "messages": []}', "line 1 has neither"),

@@ -50,7 +50,8 @@ def _json_prompt(line: str, where: str) -> str | list[Message]:
     form = 'Write: {"prompt": "<text>"} or {"messages": [{"role": "user", "content": "<text>"}]}'
     try:
         row = json.loads(line)
-    except ValueError as error:
+        json.dumps(row, ensure_ascii=False).encode()  # JSON can say half a character, which no tokenizer takes
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not JSON: {error}. {form}") from error
     prompt = row.get("prompt") if isinstance(row, dict) else None
     messages = row.get("messages") if isinstance(row, dict) else None
