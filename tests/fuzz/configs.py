@@ -12,7 +12,7 @@ import re
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -64,11 +64,36 @@ def put(config: Any, path: tuple[Any, ...], value: Any) -> None:
         config[path[-1]] = value
 
 
+def good_values() -> list[tuple[tuple[Any, ...], Any]]:
+    """Lines that our messages propose, which lead past the first check."""
+    from dpo_plugin.config import DPOPluginConfig
+    from dpo_plugin.host.raw_config import DatasetEntry, RawConfig
+
+    left_alone = (
+        "base_model",
+        "base_model_config",
+        "lora_model_dir",
+        "datasets",
+        "test_datasets",
+        "path",
+        "data_files",
+    )
+    owners = [((), RawConfig), (("datasets", 0), DatasetEntry), (("dpo_plugin",), DPOPluginConfig)]
+    return [
+        ((*owner, name), field.examples[0])
+        for owner, model in owners
+        for name, field in model.model_fields.items()
+        if field.examples and name not in left_alone
+    ]
+
+
 def cases(seed: int, count: int, base: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Copies of a good config with one to three wrong values, also in a copy of its type."""
-    draw, places = random.Random(seed), paths()
+    """Copies of a good config with up to three other good values and one to three wrong ones."""
+    draw, places, good = random.Random(seed), paths(), good_values()
     for _ in range(count):
         config = copy.deepcopy(base)
+        for place, value in draw.sample(good, draw.choice((0, 1, 3))):
+            put(config, place, copy.deepcopy(value))
         for _ in range(draw.choice((1, 1, 1, 2, 3))):
             value = copy.deepcopy(draw.choice(VALUES))
             put(config, draw.choice(places), draw.choice((value, value, value, [value], {"key": value}, str(value))))
@@ -120,6 +145,22 @@ def check(config: dict[str, Any]) -> str:
     return "read"
 
 
+def check_plan(config: dict[str, Any]) -> str:
+    """The same of ``axolotl dpo plan``."""
+    from dpo_plugin.errors import DPOPluginError
+    from dpo_plugin.host.plan import GIB, Machine, Planner
+    from dpo_plugin.host.raw_config import typed
+
+    try:
+        Planner(typed(config), "config.yaml", Machine(2, 80 * GIB, 500 * GIB)).result()
+    except DPOPluginError as error:
+        text = str(error)
+        assert len(text) < 500, text
+        assert re.search(r"Write[\w ,]*: [^\n]+$", text), text
+        return "refused"
+    return "read"
+
+
 def good_config(folder: Path) -> dict[str, Any]:
     """A config that is read, on a tiny base and adapter and three rows."""
     base = tiny.save_base(folder / "base")
@@ -129,7 +170,9 @@ def good_config(folder: Path) -> dict[str, Any]:
     return tiny.dpo_config(base, folder / "out", datasets=data, lora_model_dir=adapter)
 
 
-def run(seed: int, count: int, folder: Path) -> tuple[Counter[str], list[tuple[dict[str, Any], BaseException]]]:
+def run(
+    seed: int, count: int, folder: Path, check: Callable[[dict[str, Any]], str] = check
+) -> tuple[Counter[str], list[tuple[dict[str, Any], BaseException]]]:
     """Outcomes, and the configs that ended bare."""
     good, outcomes, bare = good_config(folder), Counter[str](), []
     tokenizer = tiny.tokenizer()
@@ -147,9 +190,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plan", action="store_true", help="axolotl dpo plan instead of a run")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
-        outcomes, bare = run(asked.seed, asked.cases, Path(made))
+        outcomes, bare = run(asked.seed, asked.cases, Path(made), check_plan if asked.plan else check)
     kinds = Counter((type(error).__name__, traceback.extract_tb(error.__traceback__)[-1].name) for _, error in bare)
     for config, error in bare[:40]:
         print(str(config)[:200], "→", f"{type(error).__name__}: {error}"[:300])
