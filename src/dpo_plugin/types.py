@@ -98,6 +98,7 @@ class CompletionLogps:
         mean_logits: Mean logit over vocabulary and completion tokens.
         wpo_weights: WPO weight exp(mean aligned log-probability), or None if not asked for.
         entropy: Mean entropy of the next token's distribution, nats per completion token, or None if not asked for.
+        unweighted: The sums with every token counted once, or None where ``sums`` are just that (no ``ld_alpha``).
     """
 
     sums: Tensor
@@ -105,6 +106,7 @@ class CompletionLogps:
     mean_logits: Tensor
     wpo_weights: Tensor | None = None
     entropy: Tensor | None = None
+    unweighted: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,7 @@ class PairLogps:
         chosen_entropy: Mean entropy of the policy over chosen's completion, nats per token, no gradient; None if it was
             not computed.
         rejected_entropy: The same for rejected.
+        unweighted: log π(chosen | prompt) with every token counted once, or None without ``ld_alpha``.
     """
 
     policy_chosen_logps: Tensor
@@ -139,6 +142,12 @@ class PairLogps:
     sources: Sequence[str] = ()
     chosen_entropy: Tensor | None = None
     rejected_entropy: Tensor | None = None
+    unweighted: Tensor | None = None
+
+    @property
+    def policy_chosen_unweighted(self) -> Tensor:
+        """Log π(chosen | prompt) in nats, summed with every token counted once whatever ``ld_alpha``, (pairs,)."""
+        return self.policy_chosen_logps if self.unweighted is None else self.unweighted
 
     @property
     def chosen_logratios(self) -> Tensor:

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from dpo_plugin.compute.losses import DIVERGENT, LOSSES
 from dpo_plugin.errors import AdapterError, ConfigError, DataError, DPOPluginError
 from dpo_plugin.host import plan
+from dpo_plugin.host.settings import read_settings
 from tests.support import host, tiny
 from tests.support.tiny import chat_row, dpo_config, write_rows
 
@@ -141,6 +143,29 @@ def prepare(config, folder):
 def test_a_bad_config(base_dir, tmp_path, change, error, says):
     with pytest.raises(error, match=says):
         host.load_config(dpo_config(base_dir, tmp_path / "out", **change), tmp_path)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"])
+def test_a_divergence_without_meaning_for_a_loss(base_dir, tmp_path, name, divergence):
+    """Alone and beside a loss that takes it; α = 1 is the reverse KL."""
+    smoothing = {"dpo_label_smoothing": 0.1} if name == "exo_pair" else {}
+
+    def read(alpha=0.5):
+        loss = {"f_divergence": divergence, "f_alpha": alpha}
+        names = [name] if name == "sigmoid" else ["sigmoid", name]
+        config = dpo_config(base_dir, tmp_path / "out", dpo_loss_type=names, dpo_plugin={"loss": loss}, **smoothing)
+        return read_settings(config)
+
+    if name in DIVERGENT or divergence == "reverse_kl":
+        assert read().config.loss.f_divergence == divergence
+        return
+    with pytest.raises(
+        ConfigError, match=rf"`dpo_plugin.loss.f_divergence: {divergence}` .* loss {name}, .*sigmoid_norm"
+    ):
+        read()
+    if divergence == "alpha_divergence":
+        read(alpha=1)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from trl import DPOTrainer
 from dpo_plugin.compute.batching import PairCollator, to_pair_batch
 from dpo_plugin.compute.head import ForwardOptions
 from dpo_plugin.compute.logps import completion_logps, pair_logps, total_loss
-from dpo_plugin.compute.losses import LOSSES, LossOptions
+from dpo_plugin.compute.losses import DIVERGENT, LOSSES, LossOptions, score
 from dpo_plugin.types import PairLogps
 
 
@@ -104,18 +104,87 @@ def test_value_and_gradient_are_those_of_trl(name: str, wpo: bool):
     compare_with_trl(name, wpo)
 
 
-@pytest.mark.parametrize("name", sorted({*LOSSES} - {"sft"}))
+@pytest.mark.parametrize("name", sorted(LOSSES))
 def test_ld_alpha_is_that_of_trl(name: str):
-    assert compare_with_trl(name, ld_alpha=0.3) != compare_with_trl(name)
+    """The likelihood of `sft` has no pair to compare lengths with, and no token of it weighs less."""
+    assert (compare_with_trl(name, ld_alpha=0.3) != compare_with_trl(name)) == (name != "sft")
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
 @pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence", "alpha_divergence"])
-@pytest.mark.parametrize("name", sorted({*LOSSES} - {"aot", "aot_unpaired", "apo_zero", "sft"}))
+@pytest.mark.parametrize("name", sorted({*DIVERGENT} - {"ipo", "sft", "sigmoid_norm"}))
 def test_f_divergences_are_those_of_trl(name: str, divergence: str, alpha: float):
+    """TRL 1.9 leaves constants out, which cancel in these; by length they do not (trl 6559)."""
     found = compare_with_trl(name, f_divergence=divergence, f_alpha=alpha)
     plain = (divergence, alpha) == ("alpha_divergence", 1.0)
     assert (found == compare_with_trl(name)) == plain
+
+
+BETA, EPSILON, NLL = 0.1, 0.1, 1.5
+LN2 = math.log(2)
+AT_REFERENCE = {
+    "sigmoid": LN2,
+    "sigmoid_norm": LN2,
+    "hinge": 1,
+    "ipo": (1 / (2 * BETA)) ** 2,
+    "robust": LN2 * ((1 - EPSILON) - EPSILON) / (1 - 2 * EPSILON),
+    "exo_pair": -LN2 - 0.5 * (math.log(1 - EPSILON) + math.log(EPSILON)),
+    "nca_pair": LN2 + 0.5 * LN2 + 0.5 * LN2,
+    "bco_pair": 2 * LN2,
+    "sppo_hard": 2 * (0.5 / BETA) ** 2,
+    "aot": LN2,
+    "aot_unpaired": LN2,
+    "apo_zero": 1 - 0.5 + 0.5,
+    "apo_down": 0.5 + 1 - 0.5,
+    "discopop": 0.5 * LN2 + 0.5,
+    "sft": NLL,
+}
+"""Each loss where every log-ratio is 0: σ(0) = 1/2, −log σ(0) = ln 2; β = ε = 0.1."""
+
+
+@pytest.mark.parametrize("lengths", [(20, 60), (60, 20), (1, 2048), (1, 1), (33, 33)])
+@pytest.mark.parametrize(
+    ("divergence", "alpha"),
+    [("reverse_kl", 0.5), ("forward_kl", 0.5), ("js_divergence", 0.5)]
+    + [("alpha_divergence", alpha) for alpha in (-1.0, 0.0, 0.3, 0.5, 0.999, 1.0, 2.0)],
+)
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_value_at_policy_equal_to_reference_is_known(name, divergence, alpha, lengths):
+    """Whatever divergence and lengths: TRL 1.9 has `sigmoid_norm` 0.6965, `ipo` 25.67, `sppo_hard` 58 at 20 and 60."""
+    sums = [-NLL * n for n in lengths]
+    options = LossOptions(BETA, EPSILON, f_divergence=divergence, f_alpha=alpha)
+    found = LOSSES[name](logps(*sums, *sums, tokens=lengths), options).item()
+    assert found == pytest.approx(AT_REFERENCE[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted({*LOSSES} - {*DIVERGENT}))
+def test_a_loss_that_is_no_function_of_a_difference_takes_the_log_ratio(name):
+    """Where log Z(x) does not cancel, a score has no meaning of its own; the config refuses the combination."""
+    values = logps(-5, -7, -6, -6.5)
+    found = {
+        divergence: LOSSES[name](values, LossOptions(0.5, f_divergence=divergence)).item()
+        for divergence in ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+    }
+    assert len(set(found.values())) == 1
+
+
+@pytest.mark.parametrize(
+    ("divergence", "alpha", "expected"),
+    [
+        ("reverse_kl", 0.5, 0.2),
+        ("forward_kl", 0.5, 1 - math.exp(-0.2)),  # 1 − 1/u
+        ("js_divergence", 0.5, math.log(2 * math.exp(0.2) / (1 + math.exp(0.2)))),  # log 2u/(1 + u)
+        ("alpha_divergence", 0.5, (math.exp(-0.1) - 1) / -0.5),  # (u^(α−1) − 1)/(α − 1)
+        ("alpha_divergence", 0.0, 1 - math.exp(-0.2)),
+        ("alpha_divergence", 1.0, 0.2),
+        ("alpha_divergence", 1.00001, 0.2),
+    ],
+)
+def test_scores_by_hand(divergence, alpha, expected):
+    """f′(u) − f′(1) at u = e^0.2, which is 0 at u = 1."""
+    options = LossOptions(0.1, f_divergence=divergence, f_alpha=alpha)
+    found = score(torch.tensor([0.2, 0.0], dtype=torch.float64), options)
+    assert found.tolist() == pytest.approx([expected, 0], abs=1e-5)
 
 
 def test_completion_logps_are_summed_in_fp32():

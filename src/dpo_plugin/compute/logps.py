@@ -99,11 +99,13 @@ def sum_completions(scores: Tensor, batch: PairBatch, options: ForwardOptions) -
     if options.wpo:
         aligned = (logps - scores[:, LOG_COLLISION]).detach()
         weights = (per_side(aligned) / at_least_one).exp()
+    unweighted = None
     if options.ld_alpha is not None:
+        unweighted = per_side(logps)
         logps = torch.where(batch.tail, options.ld_alpha * logps, logps)
     means = per_side(scores.detach()) / at_least_one[:, None]
     entropy = means[:, ENTROPY] if options.entropy else None
-    return CompletionLogps(per_side(logps), tokens, means[:, MEAN_LOGIT], weights, entropy)
+    return CompletionLogps(per_side(logps), tokens, means[:, MEAN_LOGIT], weights, entropy, unweighted)
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -159,6 +161,7 @@ def pair_logps(policy: CompletionLogps, ref_logps: Tensor, beta: float, sources:
         sources=sources,
         chosen_entropy=chosen_entropy,
         rejected_entropy=rejected_entropy,
+        unweighted=None if policy.unweighted is None else policy.unweighted.chunk(2)[0],
     )
 
 

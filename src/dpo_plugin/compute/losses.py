@@ -4,12 +4,15 @@
 r_w and r_l are the log-ratios of chosen and rejected in nats, Δ = s_w − s_l the difference of their scores,
 σ the logistic function, n_w and n_l the completion lengths in tokens, ε the label smoothing.
 
-A score is f′(π/π_ref) up to a constant (f-DPO, Wang et al. 2023, arXiv 2309.16240): the log-ratio itself for the
-reverse KL, which is plain DPO. Losses written below with r take the log-ratio whatever the divergence, as TRL 1.9 does.
+A score is f′(π/π_ref) − f′(1) (f-DPO, Wang et al. 2023, arXiv 2309.16240): the log-ratio itself for the reverse KL,
+which is plain DPO, and always 0 where policy = reference. TRL 1.9 leaves the constants out; they cancel in s_w − s_l,
+but not in s_w/n_w − s_l/n_l (restored by trl 6559). Losses written below with r take the log-ratio: a divergence's
+reward has a term β log Z(x) beside the score, of which only a difference is free, so there it would have no meaning.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -29,7 +32,7 @@ class LossOptions:
         label_smoothing: ε, the assumed share of flipped preferences; sigmoid, robust, exo_pair, aot and aot_unpaired
             use it.
         discopop_tau: Temperature of DiscoPOP's blend.
-        f_divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence.
+        f_divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence; the losses in `DIVERGENT` use it.
         f_alpha: α of the α-divergence; 1 is the reverse KL, 0 the forward KL.
     """
 
@@ -44,22 +47,22 @@ PreferenceLoss = Callable[[PairLogps, LossOptions], Tensor]
 
 
 EXPONENT_LIMIT = 80.0
-"""Largest exponent of the α-divergence, so that its exponential stays finite in fp32; TRL 1.9 has the same."""
+"""Largest exponent of the α-divergence, so that its exponential stays finite in fp32; TRL has the same."""
 
 
 def score(logratios: Tensor, options: LossOptions) -> Tensor:
-    """f′(π/π_ref) up to a constant, (pairs,), from log-ratios in nats.
+    """f′(u) − f′(1), u = π/π_ref, (pairs,), from log-ratios r = log u in nats.
 
-    reverse KL: r. forward KL: −exp(−r). Jensen-Shannon: log σ(r). α-divergence: exp((α−1) r)/(α−1), which is the
-    reverse KL at α = 1 (f-DPO, arXiv 2309.16240; α as in TRL 1.9).
+    reverse KL: r. forward KL: 1 − 1/u. Jensen-Shannon: log(2u/(1+u)). α-divergence: (u^(α−1) − 1)/(α−1), which is the
+    reverse KL at α = 1 and the forward KL at α = 0 (f-DPO, arXiv 2309.16240; α as in TRL).
     """
     if options.f_divergence == "forward_kl":
-        return -torch.exp(-logratios)
+        return -torch.expm1(-logratios)
     if options.f_divergence == "js_divergence":
-        return logsigmoid(logratios)
+        return math.log(2) + logsigmoid(logratios)
     if options.f_divergence == "alpha_divergence" and abs(options.f_alpha - 1) >= 1e-6:
         power = options.f_alpha - 1
-        return torch.exp((power * logratios).clamp(max=EXPONENT_LIMIT)) / power
+        return torch.expm1((power * logratios).clamp(max=EXPONENT_LIMIT)) / power
     return logratios
 
 
@@ -115,22 +118,20 @@ def exo_pair(logps: PairLogps, options: LossOptions) -> Tensor:
 
 
 def nca_pair(logps: PairLogps, options: LossOptions) -> Tensor:
-    """−log σ(β s_w) − ½ log σ(−β s_w) − ½ log σ(−β s_l): NCA (Chen et al. 2024, arXiv 2402.05369). (pairs,)."""
-    chosen, rejected = (options.beta * value for value in _scores(logps, options))
+    """−log σ(β r_w) − ½ log σ(−β r_w) − ½ log σ(−β r_l): NCA (Chen et al. 2024, arXiv 2402.05369). (pairs,)."""
+    chosen, rejected = options.beta * logps.chosen_logratios, options.beta * logps.rejected_logratios
     return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
 
 
 def bco_pair(logps: PairLogps, options: LossOptions) -> Tensor:
-    """−log σ(β s_w) − log σ(−β s_l): BCO without shift (Jung et al. 2024, arXiv 2404.04656). (pairs,)."""
-    chosen, rejected = _scores(logps, options)
-    return -logsigmoid(options.beta * chosen) - logsigmoid(-options.beta * rejected)
+    """−log σ(β r_w) − log σ(−β r_l): BCO without shift (Jung et al. 2024, arXiv 2404.04656). (pairs,)."""
+    return -logsigmoid(options.beta * logps.chosen_logratios) - logsigmoid(-options.beta * logps.rejected_logratios)
 
 
 def sppo_hard(logps: PairLogps, options: LossOptions) -> Tensor:
-    """(s_w − 1/(2β))² + (s_l + 1/(2β))²: SPPO, hard labels (Wu et al. 2024, arXiv 2405.00675, eq. 4.7). (pairs,)."""
+    """(r_w − 1/(2β))² + (r_l + 1/(2β))²: SPPO, hard labels (Wu et al. 2024, arXiv 2405.00675, eq. 4.7). (pairs,)."""
     half = 0.5 / options.beta
-    chosen, rejected = _scores(logps, options)
-    return (chosen - half) ** 2 + (rejected + half) ** 2
+    return (logps.chosen_logratios - half) ** 2 + (logps.rejected_logratios + half) ** 2
 
 
 def aot(logps: PairLogps, options: LossOptions) -> Tensor:
@@ -158,10 +159,12 @@ def apo_zero(logps: PairLogps, options: LossOptions) -> Tensor:
 
 
 def apo_down(logps: PairLogps, options: LossOptions) -> Tensor:
-    """σ(β r_w) + 1 − σ(β Δ): APO-down (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8). (pairs,)."""
-    return (
-        torch.sigmoid(options.beta * logps.chosen_logratios) + 1 - torch.sigmoid(options.beta * _delta(logps, options))
-    )
+    """σ(β r_w) + 1 − σ(β (r_w − r_l)): APO-down (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8). (pairs,).
+
+    TRL 1.9 gives the second term scores of the divergence and the first log-ratios (trl 6441); eq. 5 defines both by r.
+    """
+    margin = logps.chosen_logratios - logps.rejected_logratios
+    return torch.sigmoid(options.beta * logps.chosen_logratios) + 1 - torch.sigmoid(options.beta * margin)
 
 
 def discopop(logps: PairLogps, options: LossOptions) -> Tensor:
@@ -172,8 +175,11 @@ def discopop(logps: PairLogps, options: LossOptions) -> Tensor:
 
 
 def sft(logps: PairLogps, options: LossOptions) -> Tensor:
-    """Mean negative log-likelihood per chosen token of the batch, the same for each pair (TRL's `sft`). (pairs,)."""
-    mean = -logps.policy_chosen_logps.sum() / logps.chosen_tokens.sum().clamp(min=1)
+    """Mean negative log-likelihood per chosen token of the batch, the same for each pair (TRL's `sft`). (pairs,).
+
+    Every token counts the same, whatever ``ld_alpha``: LD-DPO weights the implicit reward, of which this has none.
+    """
+    mean = -logps.policy_chosen_unweighted.sum() / logps.chosen_tokens.sum().clamp(min=1)
     return mean.expand_as(logps.policy_chosen_logps)
 
 
@@ -187,6 +193,10 @@ LOSSES: Mapping[str, PreferenceLoss] = {
 
 SMOOTHED = ("aot", "aot_unpaired", "exo_pair", "robust", "sigmoid")
 """Losses that use the label smoothing."""
+
+DIVERGENT = ("discopop", "exo_pair", "hinge", "ipo", "robust", "sft", "sigmoid", "sigmoid_norm")
+"""Losses with which another f-divergence than the reverse KL has a meaning: those of the difference of two scores, in
+which β log Z(x) cancels, and `sft`, which has no score. TRL refuses the others too (trl 6559)."""
 
 COUPLED = ("aot", "aot_unpaired", "sft")
 """Losses that see the pairs of a micro-batch together, so that it cannot be split."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_plugin.compute.losses import COUPLED, LOSSES, SMOOTHED
+from dpo_plugin.compute.losses import COUPLED, DIVERGENT, LOSSES, SMOOTHED
 from dpo_plugin.config import Action, DPOPluginConfig, parse_config
 from dpo_plugin.errors import ConfigError, DataError
 from dpo_plugin.host.hub import open_adapter
@@ -119,11 +119,24 @@ def _check_losses(cfg: Mapping[str, Any], config: DPOPluginConfig, registry: Reg
             f"Write: dpo_loss_weights: {[1.0] * len(names)}"
         )
     _check_smoothing(cfg.get("dpo_label_smoothing"), names)
+    _check_divergence(config, names)
     coupled = [name for name in names if name in COUPLED]
     if config.compute.max_tokens is not None and coupled:
         raise ConfigError(
             f"`dpo_plugin.compute.max_tokens` splits a micro-batch, but the loss {coupled[0]!r} sees its pairs "
             "together. Remove max_tokens. Write: max_tokens: null"
+        )
+
+
+def _check_divergence(config: DPOPluginConfig, names: list[str]) -> None:
+    given = config.loss.f_divergence
+    plain = given == "reverse_kl" or (given == "alpha_divergence" and config.loss.f_alpha == 1)
+    refused = [name for name in names if name in LOSSES and name not in DIVERGENT]
+    if refused and not plain:
+        raise ConfigError(
+            f"`dpo_plugin.loss.f_divergence: {given}` has no meaning for the loss {', '.join(refused)}, which is no "
+            f"function of the difference of two scores; it has for {', '.join(DIVERGENT)}. "
+            "Write: f_divergence: reverse_kl"
         )
 
 
