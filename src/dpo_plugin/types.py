@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, Self, TypedDict
 
 if TYPE_CHECKING:
@@ -148,6 +148,14 @@ class PairLogps:
     def policy_chosen_unweighted(self) -> Tensor:
         """Log π(chosen | prompt) in nats, summed with every token counted once whatever ``ld_alpha``, (pairs,)."""
         return self.policy_chosen_logps if self.unweighted is None else self.unweighted
+
+    def only(self, pairs: Sequence[int]) -> Self:
+        """The same of some pairs alone, by index."""
+        if len(pairs) == len(self.policy_chosen_logps):
+            return self
+        columns = {column.name: getattr(self, column.name) for column in fields(self)}
+        picked = {name: column[pairs] for name, column in columns.items() if hasattr(column, "shape")}
+        return replace(self, **picked, sources=[self.sources[n] for n in pairs] if self.sources else ())
 
     @property
     def chosen_logratios(self) -> Tensor:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from axolotl.integrations.base import BasePlugin
 from safetensors.torch import load_file, save_file
@@ -45,7 +46,7 @@ class CPURanks(BasePlugin):
         allow_bf16()
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        return [Recorder(trainer)] if isinstance(trainer.model, PolicyReferenceModel) else []
+        return [Recorder(trainer) if isinstance(trainer.model, PolicyReferenceModel) else LogRecorder()]
 
 
 def patch_accelerate(deepspeed: bool, fsdp: bool) -> None:
@@ -110,7 +111,15 @@ def allow_bf16(put: Put = setattr) -> None:
         put(module, "is_torch_bf16_gpu_available", lambda: True)
 
 
-class Recorder(TrainerCallback):
+class LogRecorder(TrainerCallback):
+    """Writes the log."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            (records(args.output_dir) / "log_history.json").write_text(json.dumps(state.log_history))
+
+
+class Recorder(LogRecorder):
     """Writes what only the ranks can see: the log, the adapters made whole, and what the engine optimises."""
 
     def __init__(self, trainer: Any):
@@ -131,8 +140,8 @@ class Recorder(TrainerCallback):
         self.facts["policy_dtype"] = str(next(self.trainer.model.policy_parameters())[1].dtype)
         if self.trainer.model.has_reference:
             self._write(whole_reference(self.trainer.model), "reference_at_end", args, state)
+        super().on_train_end(args, state, control)
         if state.is_world_process_zero:
-            (records(args.output_dir) / "log_history.json").write_text(json.dumps(state.log_history))
             (records(args.output_dir) / "facts.json").write_text(json.dumps(self.facts))
 
     def _buffers(self) -> list[str]:
@@ -264,15 +273,18 @@ def clean_environment(deepspeed: bool) -> dict[str, str]:
 
 
 def run_group(command: list[str], environment: dict[str, str], timeout: float) -> tuple[int, str]:
-    """Run a command in a process group of its own, so that ranks that hang end with it."""
+    """Run a command; past the time limit it is killed with all that it started, ranks that hang among them."""
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, start_new_session=True, text=True, errors="replace",
+        command, cwd=ROOT, env=environment, text=True, errors="replace",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        launcher = psutil.Process(process.pid)  # torchrun gives each rank a session of its own
+        for one in [launcher, *launcher.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
         output, _ = process.communicate()
         return 124, output
     return process.returncode, output

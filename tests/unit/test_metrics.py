@@ -2,6 +2,7 @@
 
 import math
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -360,3 +361,14 @@ def test_no_gradient_is_kept():
     assert not metrics._sums.requires_grad
     assert not any(margins.requires_grad for margins in metrics._margins._parts)
     assert math.isfinite(metrics.result(alone)["rewards/margins/a"])
+
+
+@pytest.mark.parametrize("picked", [[2, 0], [], [0, 1, 2]])
+def test_some_pairs_alone(picked):
+    pairs = replace(some_pairs(3, sources=["a", "b", "c"]), chosen_entropy=torch.arange(3.0))
+    alone = pairs.only(picked)
+    for column in ("policy_chosen_logps", "ref_rejected_logps", "rejected_tokens", "chosen_entropy"):
+        assert getattr(alone, column).tolist() == getattr(pairs, column)[picked].tolist()
+    assert list(alone.sources) == [pairs.sources[n] for n in picked]
+    assert alone.rejected_entropy is None
+    assert alone.beta == pairs.beta

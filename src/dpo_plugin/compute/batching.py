@@ -38,14 +38,15 @@ class PairCollator:
         """Collate pairs.
 
         Returns:
-            The fields of `PairBatch` as a dict, the form that the host's data loader moves to a device; with
-            ``max_tokens``, ``{"packs": [one such dict per forward]}``.
+            The fields of `PairBatch` as a dict, the form that the host's data loader moves to a device, and each pair's
+            index in ``examples`` as ``places``; with ``max_tokens``, ``{"packs": [one such dict per forward]}``.
 
         Raises:
             DataError: If a single pair is longer than ``max_tokens``.
         """
         if self.max_tokens is None:
             return self._lay_out(examples)
+        examples = [{**example, "place": place} for place, example in enumerate(examples)]
         return {"packs": [self._lay_out(pack) for pack in self.packs(examples)]}
 
     def _lay_out(self, examples: Sequence[Example]) -> dict[str, Any]:
@@ -167,6 +168,7 @@ def _fields(examples: Sequence[Example], predicts: list[Tensor]) -> dict[str, An
         "lengths": lengths,
         "tail": torch.cat(tail),
         "pairs": pairs,
+        "places": [example.get("place", number) for number, example in enumerate(examples)],
         "sources": [str(example.get("source") or "") for example in examples],
         "keys": [row_key(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in examples],
     }

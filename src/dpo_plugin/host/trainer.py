@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from dpo_plugin.host.engine import (
 from dpo_plugin.host.health import HealthCallback
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.metering import LogsMetrics
+from dpo_plugin.host.packs import packs_of, rows_that_count
 from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.progress import Progress
 from dpo_plugin.host.samples import SamplesCallback
@@ -181,7 +182,7 @@ class PreferenceTrainer(OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: i
 
     def reference_logps(self, model: Any, inputs: Any) -> None:
         """Let the store have the reference's log-probs of a collated micro-batch."""
-        for pack in inputs.get("packs", [inputs]):
+        for pack in packs_of(self, inputs):
             self.reference.logps(model, to_pair_batch(pack), self.reference_forward)
 
     def _longest_row(self) -> int:
@@ -204,16 +205,11 @@ class PreferenceTrainer(OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: i
         flag = torch.tensor([float(condition)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum").item())
 
-    def _most_on_any_rank(self, number: int) -> int:
-        if self.accelerator.num_processes == 1:
-            return number
-        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
-
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         if return_outputs:
             raise ConfigError("dpo_plugin does not return logits from evaluation. Remove compute_metrics.")
         if "packs" in inputs:
-            return torch.stack([self._compute_loss(model, pack, False) for pack in weighted(inputs["packs"])]).sum()
+            return torch.stack([self._compute_loss(model, pack, False) for pack in packs_of(self, inputs)]).sum()
         batch = to_pair_batch(inputs)
         policy = run_model(model, batch, self._forward_options)
         anew = self._check_step_zero and self.model.training
@@ -221,11 +217,13 @@ class PreferenceTrainer(OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: i
         logps = pair_logps(policy, ref_logps, self.beta, batch.sources)
         self._check_finite(logps, batch)
         self._verify_step_zero(logps)
-        if inputs.get("weight") != 0:
-            self._means["train" if self.model.training else "eval"].update(logps)
+        counted = [n for n, place in enumerate(inputs["places"]) if place < rows_that_count(self)]
+        if counted:
+            self._means["train" if self.model.training else "eval"].update(logps.only(counted))
             if self.model.training:
                 self._pace.add(batch, self.reference.fresh)
-        loss = total_loss(logps, self._losses, self._loss_options, policy.wpo_weights).mean()
+        losses = total_loss(logps, self._losses, self._loss_options, policy.wpo_weights)
+        loss = losses[counted].mean() if 0 < len(counted) < batch.pairs else losses.mean()
         return loss * inputs.get("weight", 1.0)
 
     def _check_finite(self, logps: PairLogps, batch: PairBatch) -> None:
@@ -282,10 +280,7 @@ class PreferenceTrainer(OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: i
         step = super(AxolotlDPOTrainer, self).training_step
         if "packs" not in inputs:
             return step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
-        packs = weighted(inputs["packs"])
-        missing = self._most_on_any_rank(len(packs)) - len(packs)
-        smallest = min(packs, key=lambda pack: int(pack["input_ids"].numel()))
-        packs = [{**smallest, "weight": 0.0}] * missing + packs  # ranks forward and backward together
+        packs = packs_of(self, inputs)
         with self._without_exchange(model):
             losses = [step(model, pack, num_items_in_batch) for pack in packs[:-1]]
         return torch.stack([*losses, step(model, packs[-1], num_items_in_batch)]).sum()
@@ -356,12 +351,6 @@ class PreferenceTrainer(OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: i
         text = model_card(output_dir, base, facts, self.state.log_history, adapter)
         (output_dir / "README.md").write_text(text, encoding="utf-8")
         write_marker(output_dir, self._reference_facts())
-
-
-def weighted(packs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Packs with the share of the micro-batch's pairs that each has, so that the sum of means is the mean of all."""
-    pairs = sum(pack["pairs"] for pack in packs)
-    return [{**pack, "weight": pack["pairs"] / pairs} for pack in packs]
 
 
 def save_policy_instead_of_base(base: nn.Module, policy: PolicyReferenceModel) -> None:
