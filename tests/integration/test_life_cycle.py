@@ -107,16 +107,33 @@ def test_a_checkpoint_without_our_digest_is_refused(base_dir, sft_dir, half, tmp
         host.train(config(base_dir, sft_dir, tmp_path / "out", auto_resume_from_checkpoints=True), tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["no state", "half a state", "half an adapter"])
+@pytest.mark.parametrize("damage", ["no state", "half a state", "half an adapter", "half an optimizer"])
 def test_a_torn_checkpoint_is_passed_over_by_itself_and_refused_by_name(base_dir, sft_dir, half, tmp_path, damage):
     out = shutil.copytree(half, tmp_path / "out")
     torn = shutil.copytree(out / "checkpoint-6", out / "checkpoint-9")
-    file = torn / ("adapter_model.safetensors" if "adapter" in damage else "trainer_state.json")
+    names = {"adapter": "adapter_model.safetensors", "optimizer": "optimizer.pt", "state": "trainer_state.json"}
+    file = torn / names[damage.split()[-1]]
     file.unlink() if damage == "no state" else file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     resumed = host.train(config(base_dir, sft_dir, out, auto_resume_from_checkpoints=True, max_steps=7), tmp_path)
     assert [line["step"] for line in resumed.lines] == [1, 2, 3, 4, 5, 6, 7]
     with pytest.raises(CheckpointError, match="not written to its end"):
         host.train(config(base_dir, sft_dir, out, resume_from_checkpoint=str(torn)), tmp_path)
+
+
+def test_another_base_is_refused(base_dir, sft_dir, half, tmp_path):
+    out = shutil.copytree(half, tmp_path / "out")
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    settings = {"overrides_of_model_config": {"rope_parameters": rope}, "auto_resume_from_checkpoints": True}
+    with pytest.raises(CheckpointError, match=r"trained on the base model \w{12}, and this run has \w{12}"):
+        host.train(config(base_dir, sft_dir, out, **settings), tmp_path)
+
+
+def test_a_finished_run_takes_no_further_step(base_dir, sft_dir, whole, tmp_path):
+    out = shutil.copytree(whole.output_dir, tmp_path / "out")
+    again = host.train(config(base_dir, sft_dir, out, auto_resume_from_checkpoints=True), tmp_path)
+    assert again.trainer.state.global_step == 12
+    expected = weights(whole.output_dir)
+    assert all(torch.equal(value, expected[key]) for key, value in weights(out).items())
 
 
 @pytest.mark.slow

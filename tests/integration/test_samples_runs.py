@@ -198,7 +198,7 @@ class TestCompare:
         found = compare(file, checkpoint=str(run.output_dir / "checkpoint-4"))
         assert found.reference.startswith("base ")
         assert found.note == (
-            f"note: the policy was trained against another reference: {' '.join(run.trainer._reference_facts().values())}"
+            f"note: the policy was trained against another reference: {' '.join(run.trainer.origin.reference.values())}"
         )
         assert found.parts()[2] == found.note
 

@@ -26,16 +26,22 @@ def facts_of(trainer: Any) -> dict[str, Any]:
     }
 
 
+def gather_object(value: Any) -> list[Any]:
+    """A value of each rank; all ranks must call."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
 def check_ranks_agree(facts: Mapping[str, Any]) -> None:
     """Compare this rank's facts with those of all others; stops every rank if any differs.
 
     Raises:
         RankMismatchError: On all ranks, with each difference to rank 0.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, dict(facts))
+    everyone = gather_object(dict(facts))
     differences = [
         f"rank {rank}: {name} is {theirs.get(name)}, on rank 0 it is {everyone[0].get(name)}"
         for rank, theirs in enumerate(everyone)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -26,12 +25,12 @@ from dpo_plugin.compute.logps import pair_logps
 from dpo_plugin.errors import CheckpointError, ConfigError
 from dpo_plugin.host import configs
 from dpo_plugin.host import datasets as host_datasets
-from dpo_plugin.host.checkpoints import MARKER
+from dpo_plugin.host.checkpoints import read_marker
 from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.raw_config import read_yaml, typed
+from dpo_plugin.host.resume import REFERENCE_STATE
 from dpo_plugin.host.samples import make_sampler, prompt_ids
 from dpo_plugin.host.settings import RunSettings
-from dpo_plugin.host.trainer import REFERENCE_STATE
 from dpo_plugin.model.adapters import AdapterFolder
 from dpo_plugin.model.references import ReferenceStrategy
 from dpo_plugin.monitor.metrics import accuracy, margin
@@ -222,7 +221,7 @@ def _measure(trainer: Any, settings: RunSettings, folder: Path) -> Comparison:
     with trainer.accelerator.autocast():
         answers = make_sampler(trainer, samples, trainer.args.seed)(trainer.model, prompts)
         found = held_out(trainer) if trainer.eval_dataset is not None else {}
-    facts = trainer._reference_facts()
+    facts = trainer.origin.reference
     return Comparison(
         policy=str(folder),
         reference=" ".join(facts.values()),
@@ -235,10 +234,7 @@ def _measure(trainer: Any, settings: RunSettings, folder: Path) -> Comparison:
 
 def _note(folder: Path, facts: Mapping[str, str]) -> str | None:
     """What to say where the policy was trained against another reference than the config names."""
-    marker = folder / MARKER
-    if not marker.is_file():
-        return None
-    made_with = json.loads(marker.read_text(encoding="utf-8"))["reference"]
+    made_with = (read_marker(folder) or {}).get("reference", facts)
     if made_with == dict(facts):
         return None
     return f"note: the policy was trained against another reference: {' '.join(made_with.values())}"

@@ -19,7 +19,7 @@ from dpo_plugin.model.references import ReferenceStrategy
 
 
 def open_store(
-    settings: RunSettings, strategy: ReferenceStrategy, base: Any, longest: Callable[[], int]
+    settings: RunSettings, strategy: ReferenceStrategy, base: str, config: Any, longest: Callable[[], int]
 ) -> ReferenceLogpStore | None:
     """The store for this base, reference, precision and code; None if the reference's log-probs are not kept.
 
@@ -28,13 +28,14 @@ def open_store(
     Args:
         settings: The run's settings.
         strategy: The reference.
-        base: The base model as loaded.
+        base: The `base_identity`.
+        config: The base model's config as loaded.
         longest: Gives the tokens of the longest row, padding included.
     """
     cfg = PluginManager.get_instance().cfg
     if not strategy.fixed or (settings.kept_in is None and not cfg.precompute_ref_log_probs):
         return None
-    limit = rope_limit(base.config)
+    limit = rope_limit(config)
     if limit is not None and longest() > limit:
         LOG.warning(
             "dpo_plugin: reference log-probs are not kept. This model's rotary frequencies depend on the longest row "
@@ -44,7 +45,7 @@ def open_store(
         return None
     source = "".join(map(inspect.getsource, (attention, batching, head, logps)))
     key = store_key(
-        base=base_identity(base),
+        base=base,
         quantisation=[cfg.load_in_4bit, cfg.load_in_8bit, cfg.bnb_config_kwargs],
         reference=[settings.strategy_name, strategy.identity()],
         dtype=[str(cfg.torch_dtype), cfg.bf16, cfg.fp16],
@@ -68,8 +69,7 @@ def rounding() -> float:
 
 
 def base_identity(base: Any) -> str:
-    """Digest of the base model as loaded: of a local folder's weights, or name and commit of one from the hub."""
+    """SHA-256 of the base model as loaded: its config, and a local folder's weights or name and commit on the hub."""
     folder = Path(str(base.config.name_or_path))
     commit = f"{base.config.name_or_path}@{getattr(base.config, '_commit_hash', None)}"
-    weights = weights_digest(folder) if folder.is_dir() else commit
-    return f"{weights} {config_digest(base.config)}"
+    return store_key(weights=weights_digest(folder) if folder.is_dir() else commit, config=config_digest(base.config))

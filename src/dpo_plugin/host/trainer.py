@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import PluginManager
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
@@ -24,7 +23,7 @@ from dpo_plugin.compute.step_zero import largest_deviation
 from dpo_plugin.errors import ConfigError, NotFiniteError, ReferenceMismatchError
 from dpo_plugin.host.callbacks import ReferenceCallback
 from dpo_plugin.host.card import model_card
-from dpo_plugin.host.checkpoints import check_reference, checkpoint_to_resume, write_marker
+from dpo_plugin.host.checkpoints import write_marker
 from dpo_plugin.host.distributed import OnAnyEngine
 from dpo_plugin.host.engine import (
     CheckpointLayers,
@@ -40,22 +39,21 @@ from dpo_plugin.host.metering import LogsMetrics
 from dpo_plugin.host.packs import packs_of, rows_that_count
 from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.progress import Progress
+from dpo_plugin.host.resume import ResumesWhole
 from dpo_plugin.host.samples import SamplesCallback
-from dpo_plugin.host.store import open_store, rounding
+from dpo_plugin.host.store import base_identity, open_store, rounding
 from dpo_plugin.host.travel import Travel
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel, attach
 from dpo_plugin.model.references import KeptReference
 from dpo_plugin.registry import get_registry
 from dpo_plugin.types import CompletionLogps, PairBatch, PairLogps
 
-REFERENCE_STATE = "reference_state.safetensors"
-
 
 class _HeldByPolicy:
     """Stands in for a reference model when the reference lives in the policy's own adapters."""
 
 
-class PreferenceTrainer(OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: ignore[misc]
+class PreferenceTrainer(ResumesWhole, OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: ignore[misc]
     """DPO with policy and reference on one base model.
 
     Args:
@@ -86,7 +84,8 @@ class PreferenceTrainer(OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: i
         self._be_ready_for_engine()
         self._set_up_losses()
         strategy = self._settings.strategy(model, self.ref_model, self._settings.config.reference)
-        store = open_store(self._settings, strategy, base, self._longest_row)
+        self._base = base_identity(base)
+        store = open_store(self._settings, strategy, self._base, base.config, self._longest_row)
         self.reference = KeptReference(strategy, store, self._on_any_rank, rounding(), self._warn)
         check_lengths(self.data_collator, named_datasets(self))
         self.add_callback(ReferenceCallback(self))
@@ -300,38 +299,6 @@ class PreferenceTrainer(OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: i
         finally:
             state._set_sync_gradients(before)
 
-    # ── checkpoints ──
-
-    def _reference_facts(self) -> dict[str, str]:
-        return {"strategy": self._settings.strategy_name, "identity": self.reference.strategy.identity()}
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train, or resume from a whole checkpoint that was made with the same reference.
-
-        Raises:
-            CheckpointError: If the checkpoint is torn, not ours, or was made with another reference.
-        """
-        resume = checkpoint_to_resume(resume_from_checkpoint, self._settings.resume_named, Path(self.args.output_dir))
-        if resume:
-            check_reference(Path(resume), self._reference_facts())
-        return super().train(resume_from_checkpoint=resume, **kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        state = Path(resume_from_checkpoint) / REFERENCE_STATE
-        if state.is_file():
-            self.reference.strategy.load_state(load_file(state))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the policy, and beside it which reference it was trained against."""
-        super().save_model(output_dir, _internal_call=_internal_call)
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        write_marker(folder, self._reference_facts())
-        if _internal_call and (state := self.reference.strategy.state()):
-            save_file(state, folder / REFERENCE_STATE)
-
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write our card instead of TRL's, and which reference the adapter beside it was trained against."""
         if not self.is_world_process_zero():
@@ -341,7 +308,7 @@ class PreferenceTrainer(OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: i
         digest = f"sha256 {self.model.digests[POLICY]}" if adapter and settings.policy else "none"
         facts = {
             "policy starts from": f"`{settings.policy.path}`, {digest}" if settings.policy else "the base model",
-            "reference": " ".join(self._reference_facts().values()),
+            "reference": " ".join(self.origin.reference.values()),
             "loss": ", ".join(f"{name} × {weight:g}" for name, (_, weight) in self._losses.items()),
             "beta": self.beta,
             "learning rate": self.args.learning_rate,
@@ -350,7 +317,7 @@ class PreferenceTrainer(OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: i
         base = str(self.model.config.name_or_path)
         text = model_card(output_dir, base, facts, self.state.log_history, adapter)
         (output_dir / "README.md").write_text(text, encoding="utf-8")
-        write_marker(output_dir, self._reference_facts())
+        write_marker(output_dir, self.origin)
 
 
 def save_policy_instead_of_base(base: nn.Module, policy: PolicyReferenceModel) -> None:

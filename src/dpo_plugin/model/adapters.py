@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +24,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dpo_plugin.errors import AdapterError
+from dpo_plugin.model.adapter_config import read_adapter_config
 from dpo_plugin.model.inits import check_fresh_init, check_saved_init
 
 # PEFT saves the adapter called "default" into the folder itself and any other into a folder of its own.
 POLICY = "default"
 REFERENCE = "reference"
+
+
+_PEFT_ERRORS = (AttributeError, ImportError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError)
+"""What PEFT raises for an adapter that does not fit or is damaged."""
 
 
 class PolicyReferenceModel(PeftModelForCausalLM):  # type: ignore[misc]
@@ -137,10 +142,7 @@ class AdapterFolder:
             inside = sorted(child.parent.name for child in folder.glob("*/adapter_config.json"))
             hint = f"{folder / inside[-1]}" if inside else "<folder with adapter_config.json>"
             raise AdapterError(f"`{key}: {path}` holds no adapter_config.json. Write: {key}: {hint}")
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise AdapterError(f"{file} is not JSON: {error}. Save the adapter again.") from error
+        config = read_adapter_config(file)
         if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
             raise AdapterError(f"`{key}: {path}` holds no adapter_model.safetensors. Save the adapter again.")
         weights = folder / "adapter_model.safetensors"
@@ -209,7 +211,7 @@ def _wrap(base: nn.Module, config: LoraConfig, folder: AdapterFolder | None) -> 
     config.inference_mode = False
     try:
         return PolicyReferenceModel(base, config, adapter_name=POLICY)
-    except (ValueError, RuntimeError, TypeError) as error:
+    except _PEFT_ERRORS as error:
         raise _misfit(folder, str(error)) from error
 
 
@@ -217,7 +219,7 @@ def _load(model: PolicyReferenceModel, folder: AdapterFolder, name: str) -> None
     """Load an adapter's file and check that each of its tensors arrived."""
     try:
         result = model.load_adapter(str(folder.path), name, is_trainable=name == POLICY, torch_device="cpu")
-    except (ValueError, RuntimeError, TypeError, SafetensorError) as error:
+    except _PEFT_ERRORS as error:
         raise _misfit(folder, str(error)) from error
     for keys, what in ((result.unexpected_keys, "has no place for"), (result.missing_keys, "finds no weights for")):
         if keys:
@@ -225,6 +227,10 @@ def _load(model: PolicyReferenceModel, folder: AdapterFolder, name: str) -> None
     on_disk = load_peft_weights(str(folder.path), device="cpu")
     attached = get_peft_model_state_dict(model, adapter_name=name)
     for key, expected in on_disk.items():
+        if not expected.isfinite().all():
+            raise AdapterError(
+                f"`{folder.key}: {folder.path}`: tensor {key} has values that are not finite. Train it anew."
+            )
         found = attached.get(key)
         if found is None or not torch.equal(found.detach().cpu(), expected.to(found.dtype)):
             raise AdapterError(
@@ -238,7 +244,7 @@ def _misfit(folder: AdapterFolder | None, reason: str) -> AdapterError:
         return AdapterError(f"the LoRA settings do not fit the base model: {reason} Write: lora_target_linear: true")
     trained_on = folder.config.get("base_model_name_or_path")
     return AdapterError(
-        f"`{folder.key}: {folder.path}` does not fit the base model: {' '.join(reason.split())}. "
+        f"`{folder.key}: {folder.path}` does not fit the base model: {' '.join(reason.split())[:200]}. "
         f"It was trained on {trained_on}. Write: base_model: {trained_on}"
     )
 
@@ -263,6 +269,13 @@ def adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     facts = {name: value for name, value in config.items() if name not in _NEUTRAL}
     found: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return found
+
+
+def adapter_facts(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, Any]:
+    """Its `adapter_settings`, and where it sits, by the keys of its tensors."""
+    modules = [key.partition(".lora_")[0] for key in tensors if ".lora_" in key]
+    targets = sorted({name.rpartition(".")[2] for name in modules})
+    return {**adapter_settings(config), "lora_target_modules": targets, "lora_tensors": len(modules)}
 
 
 def adapter_digest(model: PolicyReferenceModel, name: str, whole: Callable[[Tensor], Tensor] = Tensor.detach) -> str:

@@ -1,0 +1,92 @@
+"""Reading ``adapter_config.json``: PEFT checks no types, ignores unknown keys, and fills in what is missing."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from peft import LoraConfig
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
+
+from dpo_plugin.errors import AdapterError
+
+_KNOWN = {field for field in LoraConfig.__dataclass_fields__ if not field.startswith("_")} | {"peft_type"}
+
+
+def _scales(value: float) -> float:
+    if value == 0:
+        raise ValueError("0 would switch the adapter off")
+    return value
+
+
+_Rank = Annotated[StrictInt, Field(gt=0)]
+_Alpha = Annotated[StrictFloat, Field(allow_inf_nan=False), AfterValidator(_scales)]  # takes integers as well
+_Names = list[StrictStr] | StrictStr | None
+
+
+class _LoraSettings(BaseModel):
+    """What of it decides the adapter's function, with PEFT's types."""
+
+    model_config = ConfigDict(extra="allow")
+
+    base_model_name_or_path: StrictStr | None = None
+    revision: StrictStr | None = None
+    r: _Rank
+    lora_alpha: _Alpha
+    target_modules: _Names
+    exclude_modules: _Names = None
+    modules_to_save: _Names = None
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, _Alpha] | None = None
+    lora_dropout: Annotated[StrictFloat, Field(ge=0, le=1)] = 0.0
+    use_rslora: StrictBool = False
+    use_dora: StrictBool = False
+    fan_in_fan_out: StrictBool = False
+    lora_bias: StrictBool = False
+    layers_to_transform: list[StrictInt] | StrictInt | None = None
+    layers_pattern: _Names = None
+    trainable_token_indices: list[StrictInt] | dict[str, list[StrictInt]] | None = None
+
+
+def read_adapter_config(file: Path) -> dict[str, Any]:
+    """The contents of an ``adapter_config.json`` that PEFT can use as it stands.
+
+    Raises:
+        AdapterError: Naming the key that cannot be what PEFT wrote; a kind other than LORA is left to the caller.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AdapterError(f"{file} cannot be read ({error.strerror}). Save the adapter again.") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{file} is not valid JSON ({str(error)[:100]}). Save the adapter again.") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{file} holds no settings but {str(config)[:60]!r}. Save the adapter again.")
+    if config.get("peft_type") != "LORA":
+        return config
+    for key in sorted(config.keys() - _KNOWN):
+        if meant := difflib.get_close_matches(key.lower(), _KNOWN - config.keys(), n=1, cutoff=0.85):
+            raise AdapterError(f"{file} has `{key}` where PEFT writes `{meant[0]}`. Save the adapter again.")
+    try:
+        _LoraSettings.model_validate(config)
+        LoraConfig.from_pretrained(str(file.parent))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        found = f"{str(problem['input'])[:60]!r}: {problem['msg']}"
+        raise AdapterError(f"{file}: `{key}` cannot be {found}. Save the adapter again.") from error
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise AdapterError(f"{file} cannot be used: {str(error)[:200]}. Save the adapter again.") from error
+    return config
