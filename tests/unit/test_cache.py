@@ -21,7 +21,8 @@ from dpo_plugin.model.cache import (
     store_key,
     weights_digest,
 )
-from dpo_plugin.model.references import KeptReference, ReferenceStrategy
+from dpo_plugin.model.kept_reference import KeptReference
+from dpo_plugin.model.references import ReferenceStrategy
 from dpo_plugin.types import CompletionLogps
 from tests.support import tiny
 

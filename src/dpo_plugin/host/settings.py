@@ -78,6 +78,7 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
     _check_losses(cfg, config, registry)
     policy = _policy_folder(cfg)
     strategy_name, strategy, reference = _reference(cfg, config, policy, registry)
+    strategy.check_adapters(policy, reference)
     return RunSettings(
         config=config,
         policy=policy,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from dpo_plugin.errors import ConfigError, NotFiniteError, ReferenceMismatchErro
 from dpo_plugin.host.callbacks import ReferenceCallback
 from dpo_plugin.host.card import model_card
 from dpo_plugin.host.checkpoints import write_marker
-from dpo_plugin.host.distributed import OnAnyEngine
+from dpo_plugin.host.distributed import OnAnyEngine, whole_policy
 from dpo_plugin.host.engine import (
     CheckpointLayers,
     check_lengths,
@@ -44,7 +45,7 @@ from dpo_plugin.host.samples import SamplesCallback
 from dpo_plugin.host.store import base_identity, open_store, rounding
 from dpo_plugin.host.travel import Travel
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel, attach
-from dpo_plugin.model.references import KeptReference
+from dpo_plugin.model.kept_reference import KeptReference
 from dpo_plugin.registry import get_registry
 from dpo_plugin.types import CompletionLogps, PairBatch, PairLogps
 
@@ -84,6 +85,8 @@ class PreferenceTrainer(ResumesWhole, OnAnyEngine, LogsMetrics, AxolotlDPOTraine
         self._be_ready_for_engine()
         self._set_up_losses()
         strategy = self._settings.strategy(model, self.ref_model, self._settings.config.reference)
+        if isinstance(model, PolicyReferenceModel):
+            strategy.policy_values = partial(whole_policy, model)
         self._base = base_identity(base)
         store = open_store(self._settings, strategy, self._base, base.config, self._longest_row)
         self.reference = KeptReference(strategy, store, self._on_any_rank, rounding(), self._warn)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +11,8 @@ import torch
 from torch import Tensor
 
 from dpo_plugin.config import ReferenceConfig
-from dpo_plugin.errors import ConfigError
-from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel
-from dpo_plugin.model.cache import ReferenceLogpStore, deviation
+from dpo_plugin.errors import CheckpointError, ConfigError
+from dpo_plugin.model.adapters import POLICY, REFERENCE, AdapterFolder, PolicyReferenceModel, adapter_settings
 from dpo_plugin.types import CompletionLogps, PairBatch
 
 Forward = Callable[[Any, PairBatch], CompletionLogps]
@@ -32,6 +30,7 @@ class ReferenceStrategy(ABC):
     Attributes:
         uses_reference_adapter: Whether the adapter of ``adapter_dir`` (or ``lora_model_dir``) is to be attached.
         fixed: Whether the reference stays as it is, so that its log-probs can be kept.
+        policy_values: Gives the policy adapter by parameter name as the optimizer holds it, fp32; all ranks must call.
     """
 
     uses_reference_adapter: ClassVar[bool] = False
@@ -41,6 +40,10 @@ class ReferenceStrategy(ABC):
         self.policy = policy
         self.ref_model = ref_model
         self.options = options or ReferenceConfig()
+        self.policy_values: Callable[[], Mapping[str, Tensor]] = self._parameters
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.policy.policy_parameters()}
 
     @abstractmethod
     def run(self, model: Any, batch: PairBatch, forward: Forward) -> CompletionLogps:
@@ -68,6 +71,18 @@ class ReferenceStrategy(ABC):
     def identity(self) -> str:
         """What tells this reference from another: a digest of its weights, or a fixed word; kept in checkpoints."""
         return type(self).__name__
+
+    @classmethod  # noqa: B027
+    def check_adapters(cls, policy: AdapterFolder | None, reference: AdapterFolder | None) -> None:
+        """Called before any weights are read.
+
+        Args:
+            policy: The folder that the policy starts from, if any.
+            reference: The folder of the reference adapter, if the strategy uses one.
+
+        Raises:
+            ConfigError: If the two do not suit the strategy.
+        """
 
     def after_step(self, step: int) -> None:  # noqa: B027
         """Called after each optimizer step, for a reference that moves.
@@ -176,27 +191,83 @@ class EmaReference(AdapterReference):
 
     fixed = False
 
+    def __init__(self, policy: Any, ref_model: Any | None = None, options: ReferenceConfig | None = None):
+        super().__init__(policy, ref_model, options)
+        mine, theirs = ({n.replace(f".{of}", "."): p.shape for n, p in self._of(of)} for of in (POLICY, REFERENCE))
+        settings = [adapter_settings(policy.peft_config[name].to_dict()) for name in (POLICY, REFERENCE)]
+        if mine != theirs or settings[0] != settings[1]:
+            differing = sorted({name for name, _ in mine.items() ^ theirs.items()}) or _differing(*settings)
+            raise ConfigError(
+                _CANNOT_MIX.format(f"{differing[0]} differs", "adapter_dir: <an adapter of the policy's shape>")
+            )
+        # As attached; an engine that casts the model makes new tensors, and these stay fp32.
+        self._masters = {name: reference.data.float() for name, reference, _ in self._pairs()}
+
+    @classmethod
+    def check_adapters(cls, policy: AdapterFolder | None, reference: AdapterFolder | None) -> None:
+        """Refuse adapters whose configs show that one cannot be mixed into the other."""
+        if policy is None or reference is None:
+            return
+        mine, theirs = adapter_settings(policy.config), adapter_settings(reference.config)
+        if differing := _differing(mine, theirs):
+            name = differing[0]
+            found = f"`{name}` is {mine.get(name)} in {policy.path} and {theirs.get(name)} in {reference.path}"
+            raise ConfigError(_CANNOT_MIX.format(found, f"adapter_dir: {policy.path}"))
+
+    def _of(self, adapter: str) -> list[tuple[str, Tensor]]:
+        return [(name, p) for name, p in self.policy.adapter_parameters() if f".{adapter}." in f"{name}."]
+
     def _pairs(self) -> list[tuple[str, Tensor, Tensor]]:
         parameters = dict(self.policy.named_parameters())
         policy = self.policy.policy_parameters()
         return [(name, parameters[name.replace(f".{POLICY}", f".{REFERENCE}")], own) for name, own in policy]
 
+    def _master(self, name: str, reference: Tensor) -> Tensor:
+        """The fp32 values of a reference tensor: its own, unless an engine has cast it."""
+        if reference.dtype == torch.float32:
+            return reference.data
+        self._masters[name] = self._masters[name].to(reference.device)
+        return self._masters[name]
+
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Move the reference towards the policy every ``ema_steps`` steps."""
-        if step % self.options.ema_steps == 0:
-            for _, reference, policy in self._pairs():
-                reference.lerp_(policy.to(reference.dtype), self.options.ema_alpha)
+        """Move the reference towards the policy every ``ema_steps`` steps, in fp32; all ranks must call."""
+        if step % self.options.ema_steps:
+            return
+        values = self.policy_values()
+        for name, reference, _ in self._pairs():
+            master = self._master(name, reference)
+            reference.copy_(master.lerp_(values[name].to(master), self.options.ema_alpha))
 
     def state(self) -> dict[str, Tensor]:
-        """The reference as it stands."""
-        return {name: reference.detach().cpu().contiguous() for name, reference, _ in self._pairs()}
+        """The reference as it stands, fp32."""
+        return {name: self._master(name, reference).detach().cpu().contiguous() for name, reference, _ in self._pairs()}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put the reference back where the checkpoint left it."""
-        for name, reference, _ in self._pairs():
-            reference.copy_(state[name])
+        """Put the reference back where the checkpoint left it.
+
+        Raises:
+            CheckpointError: If it is that of another adapter.
+        """
+        pairs = self._pairs()
+        if {name: value.shape for name, value in state.items()} != {name: own.shape for name, own, _ in pairs}:
+            raise CheckpointError(
+                "the reference kept in the checkpoint has other tensors than this run's. "
+                "Write: resume_from_checkpoint: <a checkpoint of this run>"
+            )
+        for name, reference, _ in pairs:
+            reference.copy_(self._master(name, reference).copy_(state[name]))
+
+
+_CANNOT_MIX = (
+    "`dpo_plugin.reference.strategy: ema` mixes the policy's weights into the reference's, which must have the same "
+    "shape: {}. Write: {}"
+)
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
 
 
 class NoReference(ReferenceStrategy):
@@ -208,84 +279,6 @@ class NoReference(ReferenceStrategy):
         """Zeros; no forward."""
         zeros = torch.zeros(2 * batch.pairs, device=batch.input_ids.device)
         return CompletionLogps(zeros, zeros, zeros)
-
-
-CHECKED = 4
-"""Batches at the start of a run whose kept log-probs are compared with a forward's."""
-
-
-class KeptReference:
-    """A reference strategy behind a store: runs the reference only for rows that nobody has computed yet.
-
-    The first batches with rows from disk are run all the same: where the kept log-probs are not those of this
-    reference, although their key is, all of them are dropped and computed again.
-
-    Args:
-        strategy: The strategy.
-        store: Where log-probs are kept, or None.
-        on_any_rank: Tells whether a condition holds on any rank, since ranks must forward together.
-        tolerance: Most that kept log-probs may be off, as `deviation` measures it.
-        warn: Says something to the user.
-
-    Attributes:
-        forwards: Batches for which the reference was run because log-probs were missing.
-        fresh: Whether the reference was run for the last batch.
-    """
-
-    def __init__(
-        self,
-        strategy: ReferenceStrategy,
-        store: ReferenceLogpStore | None,
-        on_any_rank: Callable[[bool], bool],
-        tolerance: float = 1e-3,
-        warn: Callable[[str], None] = warnings.warn,
-    ):
-        self.strategy = strategy
-        self.store = store
-        self.on_any_rank = on_any_rank
-        self.tolerance = tolerance
-        self.warn = warn
-        self.forwards = 0
-        self.fresh = True
-        self._unchecked = CHECKED
-
-    def logps(self, model: Any, batch: PairBatch, forward: Forward, anew: bool = False) -> Tensor:
-        """(pairs, 2) fp32 nats; from the store if every rank has all of its rows there.
-
-        Args:
-            model: As in `ReferenceStrategy.run`.
-            batch: The pairs.
-            forward: As in `ReferenceStrategy.run`.
-            anew: Run the reference even so; equal on all ranks.
-        """
-        if self.store is None:
-            self.forwards += 1
-            return self.strategy.logps(model, batch, forward)
-        kept = self.store.get(batch.keys, batch.input_ids.device)
-        missing = self.on_any_rank(kept is None)
-        read = self.store.read(batch.keys)
-        check = anew or (self._unchecked > 0 and self.on_any_rank(not read.isnan().all()))
-        self.fresh = missing or check
-        if kept is not None and not self.fresh:
-            return kept
-        self.forwards += missing
-        logps = self.strategy.logps(model, batch, forward)
-        if check:
-            self._unchecked -= 1
-            self._compare(self.store, read, logps, batch)
-        self.store.put(batch.keys, logps)
-        return logps
-
-    def _compare(self, store: ReferenceLogpStore, read: Tensor, logps: Tensor, batch: PairBatch) -> None:
-        tokens = torch.tensor(batch.lengths).reshape(2, -1).T
-        if not self.on_any_rank(deviation(read, logps.cpu(), tokens) > self.tolerance):
-            return
-        store.forget()
-        self.warn(
-            f"dpo_plugin: the reference log-probs kept in {store.folder} are not those of this reference: they are off "
-            f"by more than rounding explains ({self.tolerance} nats per square root of a token). The base model's "
-            "weights have changed, or a package computes it differently. They are dropped and computed again"
-        )
 
 
 STRATEGIES: Mapping[str, type[ReferenceStrategy]] = {

@@ -1,0 +1,91 @@
+"""A reference behind its cache, which is checked before it is believed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_plugin.model.cache import ReferenceLogpStore, deviation
+from dpo_plugin.model.references import Forward, ReferenceStrategy
+from dpo_plugin.types import PairBatch
+
+CHECKED = 4
+"""Batches at the start of a run whose kept log-probs are compared with a forward's."""
+
+
+class KeptReference:
+    """A reference strategy behind a store: runs the reference only for rows that nobody has computed yet.
+
+    The first batches with rows from disk are run all the same: where the kept log-probs are not those of this
+    reference, although their key is, all of them are dropped and computed again.
+
+    Args:
+        strategy: The strategy.
+        store: Where log-probs are kept, or None.
+        on_any_rank: Tells whether a condition holds on any rank, since ranks must forward together.
+        tolerance: Most that kept log-probs may be off, as `deviation` measures it.
+        warn: Says something to the user.
+
+    Attributes:
+        forwards: Batches for which the reference was run because log-probs were missing.
+        fresh: Whether the reference was run for the last batch.
+    """
+
+    def __init__(
+        self,
+        strategy: ReferenceStrategy,
+        store: ReferenceLogpStore | None,
+        on_any_rank: Callable[[bool], bool],
+        tolerance: float = 1e-3,
+        warn: Callable[[str], None] = warnings.warn,
+    ):
+        self.strategy = strategy
+        self.store = store
+        self.on_any_rank = on_any_rank
+        self.tolerance = tolerance
+        self.warn = warn
+        self.forwards = 0
+        self.fresh = True
+        self._unchecked = CHECKED
+
+    def logps(self, model: Any, batch: PairBatch, forward: Forward, anew: bool = False) -> Tensor:
+        """(pairs, 2) fp32 nats; from the store if every rank has all of its rows there.
+
+        Args:
+            model: As in `ReferenceStrategy.run`.
+            batch: The pairs.
+            forward: As in `ReferenceStrategy.run`.
+            anew: Run the reference even so; equal on all ranks.
+        """
+        if self.store is None:
+            self.forwards += 1
+            return self.strategy.logps(model, batch, forward)
+        kept = self.store.get(batch.keys, batch.input_ids.device)
+        missing = self.on_any_rank(kept is None)
+        read = self.store.read(batch.keys)
+        check = anew or (self._unchecked > 0 and self.on_any_rank(not read.isnan().all()))
+        self.fresh = missing or check
+        if kept is not None and not self.fresh:
+            return kept
+        self.forwards += missing
+        logps = self.strategy.logps(model, batch, forward)
+        if check:
+            self._unchecked -= 1
+            self._compare(self.store, read, logps, batch)
+        self.store.put(batch.keys, logps)
+        return logps
+
+    def _compare(self, store: ReferenceLogpStore, read: Tensor, logps: Tensor, batch: PairBatch) -> None:
+        tokens = torch.tensor(batch.lengths).reshape(2, -1).T
+        if not self.on_any_rank(deviation(read, logps.cpu(), tokens) > self.tolerance):
+            return
+        store.forget()
+        self.warn(
+            f"dpo_plugin: the reference log-probs kept in {store.folder} are not those of this reference: they are off "
+            f"by more than rounding explains ({self.tolerance} nats per square root of a token). The base model's "
+            "weights have changed, or a package computes it differently. They are dropped and computed again"
+        )
