@@ -25,6 +25,9 @@ class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """See that ranks agree; with ``precompute_ref_log_probs``, run the reference over all rows not kept yet."""
         check_ranks_agree(facts_of(self.trainer))
+        for kept in self.trainer._kept_buffers:
+            kept.restore()
+            kept.check()
         self.trainer.travelled()
         self.trainer.remember_start(state.log_history)
         if not args.precompute_ref_log_probs or self.trainer.reference.store is None:

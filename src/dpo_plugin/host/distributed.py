@@ -5,10 +5,9 @@ Each function names the fault that it works around; tests/ranks/test_ranks.py ho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch.nn.functional import pad
 from dpo_plugin.errors import CheckpointError, ConfigError
 from dpo_plugin.host.parallel import engine_that_shards, fsdp_version
 from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel, adapter_digest
+from dpo_plugin.model.buffers import KeptBuffers
 from dpo_plugin.model.references import EmaReference, ReferenceStrategy
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -91,30 +91,6 @@ def put_back(values: dict[nn.Parameter, Tensor]) -> None:
     """
     for parameter, value in values.items():
         parameter.data = value
-
-
-def keep_buffers_fp32(*models: nn.Module | None) -> None:
-    """Let models compute with the fp32 buffers that they were loaded with.
-
-    DeepSpeed 0.18 casts a bf16 model as a whole (runtime/engine.py:1463), buffers included, among them the frequencies
-    of rotary position embeddings. In Qwen2.5 their angles are then off by up to 2.4 radians at position 2048: this is
-    another model than the one that SFT trained and that is served afterwards.
-    """
-    for model in filter(None, models):
-        buffers = [
-            (module, name, buffer.detach().clone())
-            for module in model.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-            if buffer.dtype == torch.float32
-        ]
-        model.register_forward_pre_hook(partial(_restore, buffers))
-
-
-def _restore(buffers: list[tuple[nn.Module, str, Tensor]], *_: Any) -> None:
-    for module, name, value in buffers:
-        now = module.get_buffer(name)
-        if now.dtype != value.dtype:
-            module._buffers[name] = value.to(now.device)
 
 
 def start_masters(values: Mapping[nn.Parameter, Tensor]) -> None:
@@ -214,14 +190,19 @@ class OnAnyEngine:
     args: Any
     is_deepspeed_enabled: bool
     model: Any
-    ref_model: Any
     state: Any
+    _kept_buffers: Sequence[KeptBuffers]
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Set the precision of FSDP2 before TRL shards the second model (trl/trainer/dpo_trainer.py:934)."""
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        keep_logps_fp32(self.accelerator)
 
     def _be_ready_for_engine(self) -> None:
-        """To be called once the trainer has its model and accelerator."""
-        keep_logps_fp32(self.accelerator)
+        """To be called once the trainer has its model."""
         if self.is_deepspeed_enabled:
-            keep_buffers_fp32(self.model, self.ref_model)
+            for kept in self._kept_buffers:
+                kept.model.register_forward_pre_hook(kept.restore)
         if self._is_sharded():
             save_through(self)
         self._attached = adapter_values(self.model)

@@ -45,6 +45,7 @@ from dpo_plugin.host.samples import SamplesCallback
 from dpo_plugin.host.store import base_identity, open_store, rounding
 from dpo_plugin.host.travel import Travel
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel, attach
+from dpo_plugin.model.buffers import KeptBuffers
 from dpo_plugin.model.kept_reference import KeptReference
 from dpo_plugin.registry import get_registry
 from dpo_plugin.types import CompletionLogps, PairBatch, PairLogps
@@ -76,6 +77,7 @@ class PreferenceTrainer(ResumesWhole, OnAnyEngine, LogsMetrics, AxolotlDPOTraine
         prepare_models(flat, base, ref_model)
         if kwargs["args"].disable_dropout:
             disable_dropout(model, ref_model)
+        self._kept_buffers = [KeptBuffers(one) for one in (model, ref_model) if one is not None]
         kwargs["data_collator"] = make_collator(self._settings, kwargs, flat)
         super().__init__(*self._for_trl(model, ref_model), **kwargs)
         if isinstance(model, PolicyReferenceModel):
