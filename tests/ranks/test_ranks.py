@@ -100,3 +100,8 @@ def test_a_resumed_run_in_packs_with_a_kept_reference_goes_on_along_the_curve(
     print(f"\n{name}: max difference after resume in packs {difference:.1e}")
     assert difference <= 2e-3
     assert list((tmp_path / "kept").rglob("*.logps"))
+
+
+def test_no_warning_comes_with_every_step(run):
+    assert run.output.count("None of the inputs have requires_grad") == 0
+    assert run.output.count("FutureWarning") == 0

@@ -6,11 +6,12 @@ import pytest
 import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_plugin.compute import attention, logps
 from dpo_plugin.compute import head as heads
 from dpo_plugin.compute.batching import PairCollator, shared_segments, to_pair_batch
-from dpo_plugin.compute.checkpointing import layers_to_checkpoint, saved_bytes_per_token
+from dpo_plugin.compute.checkpointing import layers_to_checkpoint, saved_bytes_per_token, without_checkpointing
 from dpo_plugin.compute.head import ForwardOptions
 from dpo_plugin.compute.logps import completion_logps, run_model
 from dpo_plugin.errors import DataError
@@ -241,6 +242,22 @@ def test_a_pair_above_the_budget_is_named():
     long = tiny.example(30, 10, 10, source="books")
     with pytest.raises(DataError, match=r"source 'books' takes 50 tokens.*max_tokens: 40.*Write: max_tokens: 50"):
         PairCollator(0, flat=True, max_tokens=40)([long])
+
+
+def test_a_forward_without_gradients_is_not_checkpointed(recwarn):
+    policy = with_lora(make_model("qwen2", num_hidden_layers=3))
+    policy.gradient_checkpointing_enable({"use_reentrant": True})
+    layers = [layer for layer in policy.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    layers[2].gradient_checkpointing = False  # as `checkpoint_layers: 2` leaves it
+    with torch.no_grad():
+        expected = run_model(policy, batch_of())
+        assert [one for one in recwarn if "None of the inputs" in str(one.message)]
+        recwarn.clear()
+        with without_checkpointing(layers):
+            found = run_model(policy, batch_of())
+    assert not [one for one in recwarn if "None of the inputs" in str(one.message)]
+    assert torch.equal(found.sums, expected.sums)
+    assert [layer.gradient_checkpointing for layer in layers] == [True, True, False]
 
 
 def test_fewer_layers_are_checkpointed_the_more_memory_there_is():

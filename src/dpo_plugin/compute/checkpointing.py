@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,25 @@ def layers_to_checkpoint(layers: int, tokens: int, bytes_per_token: float, free:
     budget = free * (1 - MARGIN) - each  # one layer is whole in memory while it is recomputed
     kept = max(0, int(budget // each))
     return max(0, layers - kept)
+
+
+@contextmanager
+def without_checkpointing(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Context in which no layer is checkpointed: a forward without gradients keeps nothing that could be recomputed.
+
+    Reentrant checkpointing, which ZeRO-3 with PEFT needs, would also warn of it at each layer.
+
+    Args:
+        layers: The model's `GradientCheckpointingLayer`s.
+    """
+    switched = [layer for layer in layers if layer.gradient_checkpointing]
+    for layer in switched:
+        layer.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer in switched:
+            layer.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 def saved_bytes_per_token(layer: nn.Module, config: Any, device: torch.device | str, tokens: int = 256) -> float:

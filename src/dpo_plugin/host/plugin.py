@@ -16,7 +16,7 @@ from dpo_plugin.host import datasets as host_datasets
 from dpo_plugin.host import excepthook
 from dpo_plugin.host.command import intended_rl, running_command, use_trained_adapter
 from dpo_plugin.host.distributed import accept_fsdp2_with_nf4, reference_digest, refuse_moving_reference
-from dpo_plugin.host.log import LOG
+from dpo_plugin.host.log import LOG, ignore_deprecated_collectives
 from dpo_plugin.host.parallel import offloads_to_host
 from dpo_plugin.host.raw_config import typed
 from dpo_plugin.host.settings import RunSettings, read_settings
@@ -70,6 +70,7 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
             )
         raw = typed(cfg)
         self.settings = read_settings(raw)
+        ignore_deprecated_collectives()
         refuse_moving_reference(cfg, self.settings.strategy)
         if command == "evaluate":
             self.settings = settings_for_evaluation(cfg, self.settings)

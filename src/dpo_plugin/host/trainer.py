@@ -14,8 +14,10 @@ from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import PluginManager
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_plugin.compute.batching import find_row, sequences, to_pair_batch
+from dpo_plugin.compute.checkpointing import without_checkpointing
 from dpo_plugin.compute.dropout import disable_dropout
 from dpo_plugin.compute.head import ForwardOptions
 from dpo_plugin.compute.logps import pair_logps, run_model, total_loss
@@ -84,6 +86,7 @@ class PreferenceTrainer(ResumesWhole, OnAnyEngine, LogsMetrics, AxolotlDPOTraine
             model.train_only_policy()
             save_policy_instead_of_base(base, model)
         self._travel = Travel(model, moving=not self._settings.strategy.fixed)
+        self._layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         self._be_ready_for_engine()
         self._set_up_losses()
         strategy = self._settings.strategy(model, self.ref_model, self._settings.config.reference)
@@ -200,8 +203,9 @@ class PreferenceTrainer(ResumesWhole, OnAnyEngine, LogsMetrics, AxolotlDPOTraine
             LOG.warning(message)
 
     def reference_forward(self, model: Any, batch: PairBatch) -> CompletionLogps:
-        """Run a model on a batch as the reference is run: without what only the policy's step needs."""
-        return run_model(model, batch, self._reference_options)
+        """Run a model on a batch as the reference is run: without gradients, and what only the policy's step needs."""
+        with torch.no_grad(), without_checkpointing(self._layers):
+            return run_model(model, batch, self._reference_options)
 
     def _on_any_rank(self, condition: bool) -> bool:
         if self.accelerator.num_processes == 1:
