@@ -136,6 +136,17 @@ def prepare(config, folder):
             ConfigError,
             "`peft.loftq_config` .*Write: peft.loftq_config: null",
         ),
+        (
+            {"context_parallel_size": 2},
+            ConfigError,
+            "`context_parallel_size: 2` splits rows.*Write: context_parallel_size: 1",
+        ),
+        ({"sequence_parallel_degree": 4}, ConfigError, "`sequence_parallel_degree: 4` .*: 1"),
+        (
+            {"tensor_parallel_size": 2, "deepspeed": "deepspeed_configs/zero3_bf16.json"},
+            ConfigError,
+            "`tensor_parallel_size: 2` splits.*Write: tensor_parallel_size: 1",
+        ),
         ({"rl_beta": 0}, ConfigError, "`rl_beta: 0` must be above 0"),
         ({"trainer_cls": "other.Trainer"}, ConfigError, "`trainer_cls: other.Trainer`"),
     ],

@@ -1,6 +1,8 @@
 """The flat layout, the scoring head and packing against two padded rows and the whole batch's logits."""
 
+import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from dpo_plugin.compute.checkpointing import layers_to_checkpoint, saved_bytes_p
 from dpo_plugin.compute.head import ForwardOptions
 from dpo_plugin.compute.logps import completion_logps, run_model
 from dpo_plugin.errors import DataError
+from dpo_plugin.host import engine
 from dpo_plugin.model.adapters import attach
 from tests.support import tiny
 
@@ -278,6 +281,53 @@ def test_saved_bytes_are_those_of_a_layer_that_runs():
     assert found[32][0] == pytest.approx(found[32][1], rel=0.1)
     assert found[64][1] == pytest.approx(2 * found[32][1], rel=0.15)
     assert found[32][1] > 4 * 32 * 10  # at least ten tensors of the hidden size in fp32
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "known"),
+    [
+        ("qwen2", {}, True),
+        ("phi", {"partial_rotary_factor": 0.5}, False),
+        ("stablelm", {"partial_rotary_factor": 0.25}, False),
+        ("falcon", {}, False),
+        ("gpt_oss", {"num_local_experts": 4, "head_dim": 8}, False),
+    ],
+)
+def test_a_layer_that_is_called_otherwise_is_not_measured(kind, settings, known):
+    """Rotary embeddings of a part of the head, and other signatures: RuntimeError, TypeError before."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **{**SIZES, "num_key_value_heads": 4, **settings})
+    )
+    layer = next(module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    layer.gradient_checkpointing = True
+    found = saved_bytes_per_token(layer, model.config, "cpu", 16)
+    assert (found is not None) == known
+    assert layer.gradient_checkpointing
+
+
+def test_all_layers_are_checkpointed_where_none_can_be_measured(monkeypatch, caplog):
+    """On a GPU with free memory, `checkpoint_layers: auto` on phi-2 leaves the host's setting and says so."""
+    model = make_model("phi", torch.float32, partial_rotary_factor=0.5)
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.gradient_checkpointing = True
+    accelerator = SimpleNamespace(device=torch.device("cuda"))
+    args = SimpleNamespace(per_device_train_batch_size=1)
+    trainer = SimpleNamespace(
+        model=model, accelerator=accelerator, args=args, train_dataset=PAIRS, data_collator=PairCollator(0)
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**36, 2**36))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: 0)
+    monkeypatch.setattr(
+        engine, "saved_bytes_per_token", lambda layer, config, _: saved_bytes_per_token(layer, config, "cpu")
+    )
+    with caplog.at_level(logging.INFO):
+        engine.CheckpointLayers(trainer, "auto").on_train_begin(None, None, None)
+    assert all(layer.gradient_checkpointing for layer in layers)
+    assert "all layers are checkpointed" in caplog.text
+    assert "PhiDecoderLayer" in caplog.text
 
 
 def test_a_flat_batch_needs_its_attention():

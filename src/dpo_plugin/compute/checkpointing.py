@@ -47,11 +47,14 @@ def without_checkpointing(layers: Sequence[nn.Module]) -> Iterator[None]:
             layer.gradient_checkpointing = True  # type: ignore[assignment]
 
 
-def saved_bytes_per_token(layer: nn.Module, config: Any, device: torch.device | str, tokens: int = 256) -> float:
+def saved_bytes_per_token(layer: nn.Module, config: Any, device: torch.device | str, tokens: int = 256) -> float | None:
     """Bytes per token that a decoder layer keeps for backward, measured by running it once without checkpointing.
 
+    None where the layer cannot be run by itself: one that takes other arguments (Falcon), or rotary embeddings of part
+    of the head (phi-2, StableLM, gpt-oss).
+
     Args:
-        layer: A decoder layer, called as transformers calls it.
+        layer: A decoder layer, called as transformers calls Llama's.
         config: The model's transformers config.
         device: Where the layer is.
         tokens: Length of the row that is run.
@@ -78,6 +81,8 @@ def saved_bytes_per_token(layer: nn.Module, config: Any, device: torch.device | 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             kept = layer(hidden, attention_mask=None, position_embeddings=rotary)
         del kept
+    except Exception:  # of any kind: another library's layer, called in a way that it may not know
+        return None
     finally:
         layer.gradient_checkpointing = before  # type: ignore[assignment]
     return sum(seen.values()) / tokens

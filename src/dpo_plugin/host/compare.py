@@ -39,8 +39,8 @@ from dpo_plugin.monitor.samples import Sample, read_prompts, samples_table
 # One process loads the model, and nothing is logged anywhere.
 _LEFT_OUT = (
     "deepspeed", "fsdp", "fsdp_config", "fsdp_version", "tensor_parallel_size", "context_parallel_size",
-    "dp_shard_size", "dp_replicate_size", "use_wandb", "wandb_project", "use_mlflow", "use_comet", "use_trackio",
-    "use_tensorboard", "resume_from_checkpoint", "auto_resume_from_checkpoints",
+    "sequence_parallel_degree", "dp_shard_size", "dp_replicate_size", "use_wandb", "wandb_project", "use_mlflow",
+    "use_comet", "use_trackio", "use_tensorboard", "resume_from_checkpoint", "auto_resume_from_checkpoints",
 )  # fmt: skip
 
 

@@ -116,7 +116,10 @@ class CheckpointLayers(TrainerCallback):  # type: ignore[misc]
         layers = [m for m in self.trainer.model.modules() if isinstance(m, GradientCheckpointingLayer)]
         count = self._auto(layers) if self.wanted == "auto" else min(int(self.wanted), len(layers))
         if count is None:
-            LOG.info("dpo_plugin: all layers are checkpointed; the memory for fewer is not known here")
+            kind = type(layers[0]).__name__ if layers else "model"
+            LOG.info(
+                f"dpo_plugin: all layers are checkpointed; what a {kind} keeps or the free memory is not known here"
+            )
             return
         for number, layer in enumerate(layers):
             layer.gradient_checkpointing = number < count
@@ -126,7 +129,10 @@ class CheckpointLayers(TrainerCallback):  # type: ignore[misc]
         trainer = self.trainer
         device = trainer.accelerator.device
         whole = all(p.numel() and not hasattr(p, "device_mesh") for p in trainer.model.parameters())
-        if device.type != "cuda" or not whole:
+        if device.type != "cuda" or not whole or not layers:
+            return None
+        per_token = saved_bytes_per_token(layers[-1], trainer.model.config, device)
+        if per_token is None:
             return None
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -135,7 +141,7 @@ class CheckpointLayers(TrainerCallback):  # type: ignore[misc]
         return layers_to_checkpoint(
             layers=len(layers),
             tokens=self._longest(),
-            bytes_per_token=saved_bytes_per_token(layers[-1], trainer.model.config, device),
+            bytes_per_token=per_token,
             free=free - states,
         )
 

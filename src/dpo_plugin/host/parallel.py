@@ -23,12 +23,22 @@ def check_parallel(cfg: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: Naming the key and the line to write.
     """
+    _check_rows_are_whole(cfg)
     check_one_engine(cfg)
     _check_devices()
     if cfg.get("deepspeed"):
         _check_deepspeed(cfg, read_deepspeed(cfg["deepspeed"]))
     if cfg.get("fsdp_config") or cfg.get("fsdp"):
         check_fsdp(cfg)
+
+
+def _check_rows_are_whole(cfg: Mapping[str, Any]) -> None:
+    for key in ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size"):
+        if (cfg.get(key) or 1) > 1:
+            raise ConfigError(
+                f"`{key}: {cfg[key]}` splits rows or layers over GPUs, but log-probabilities need whole rows and whole "
+                f"layers. Shard the model with deepspeed or fsdp_config instead. Write: {key}: 1"
+            )
 
 
 def check_one_engine(cfg: Mapping[str, Any]) -> None:

@@ -25,8 +25,8 @@ def check_samples(cfg: Mapping[str, Any], config: DPOPluginConfig) -> None:
     """
     if config.samples is None:
         return
-    if split := _split_by(cfg):
-        raise refusal(split)
+    if engine := engine_that_shards(cfg):
+        raise refusal(engine)
     if config.samples.prompts != "eval":
         read_prompts(config.samples.prompts, KEY)
     elif not cfg.get("test_datasets") and not cfg.get("val_set_size"):
@@ -34,13 +34,6 @@ def check_samples(cfg: Mapping[str, Any], config: DPOPluginConfig) -> None:
             f"`{KEY}: eval` takes its prompts from the evaluation data, and the config has none. Write: val_set_size: "
             "0.05, or prompts: <file>"
         )
-
-
-def _split_by(cfg: Mapping[str, Any]) -> str | None:
-    """What leaves no rank the whole model or a whole row, or None."""
-    sizes = ("tensor_parallel_size", "context_parallel_size")
-    split = (f"{key}: {cfg[key]}" for key in sizes if (cfg.get(key) or 1) > 1)
-    return engine_that_shards(cfg) or next(split, None)
 
 
 def refusal(split: str) -> ConfigError:

@@ -167,6 +167,7 @@ class RawConfig(_Keys):
     attn_implementation: Name = Field(None, examples=["sdpa"])
     torch_compile: bool | Text | None = Field(None, examples=[False])
     context_parallel_size: Annotated[Integer, Field(ge=0)] | None = Field(None, examples=[1])
+    sequence_parallel_degree: Annotated[Integer, Field(ge=0)] | None = Field(None, examples=[1])
     tensor_parallel_size: Annotated[Integer, Field(ge=0)] | None = Field(None, examples=[1])
     deepspeed: Annotated[Text | DeepSpeed | None, Unset] = Field(None, examples=["deepspeed_configs/zero3_bf16.json"])
     fsdp_version: Integer | None = Field(None, examples=[2])

@@ -245,9 +245,7 @@ def _two_rows(cfg: Mapping[str, Any], config: DPOPluginConfig) -> str | None:
     hindered = None
     if wanted is False:
         return "`dpo_plugin.compute.prefix_sharing: false` asks for it"
-    if (cfg.get("context_parallel_size") or 1) > 1:
-        hindered = f"`context_parallel_size: {cfg['context_parallel_size']}` splits rows between GPUs"
-    elif cfg.get("torch_compile"):
+    if cfg.get("torch_compile"):
         hindered = "`torch_compile` would compile anew for each pair's lengths"
     elif named and wanted == "auto":
         hindered = f"`{named[0]}` asks for an attention by name; remove the line to share prefixes"
