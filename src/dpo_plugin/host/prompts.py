@@ -44,8 +44,8 @@ def refusal(split: str) -> ConfigError:
     """
     return ConfigError(
         f"`dpo_plugin.samples` lets one rank answer, but with `{split}` no rank can run the model alone: all of them "
-        "would have to generate every token in lock step. Remove the section samples, and after training run: "
-        "axolotl dpo compare <config.yaml>"
+        "would have to generate every token in lock step. After training, `axolotl dpo compare <config.yaml>` "
+        "does. Write: samples: null"
     )
 
 

@@ -104,6 +104,9 @@ def _check_host_keys(cfg: Mapping[str, Any]) -> None:
             "`dpo_use_liger_kernel: true` computes its own reference and would bypass the reference adapter. "
             "Write: dpo_use_liger_kernel: false"
         )
+    for key in ("micro_batch_size", "gradient_accumulation_steps"):
+        if key in cfg and not cfg[key] and not cfg.get("batch_size"):
+            raise ConfigError(f"`{key}` is empty, and there is no batch_size to compute it from. Write: {key}: 1")
     beta = cfg.get("rl_beta")
     if beta is not None and not beta > 0:
         raise ConfigError(f"`rl_beta: {beta:g}` must be above 0. Write: rl_beta: 0.1")
