@@ -1,4 +1,4 @@
-"""axolotl's own commands on the YAML of a finished run mean the DPO adapter."""
+"""axolotl's own commands on the YAML of a finished run mean the DPO adapter, and need one process."""
 
 import os
 import subprocess
@@ -31,8 +31,18 @@ def finished(base_dir, sft_dir, tmp_path_factory):
     return host.train(dpo_config(base_dir, folder / "out", **settings), folder)
 
 
-def axolotl(command, finished, *words, stdin=""):
-    config = finished.output_dir.parent / "config.yaml"
+FSDP2 = yaml.safe_load((ROOT / "recipes/qwen72b-dpo-fsdp.yaml").read_text(encoding="utf-8"))
+ENGINES = {
+    "zero3": {"deepspeed": str(ROOT / "deepspeed_configs/zero3_bf16.json")},
+    "fsdp2": {key: FSDP2[key] for key in ("fsdp_version", "fsdp_config")},
+}
+
+
+def axolotl(command, finished, *words, stdin="", engine):
+    """Run a command on one process and on the YAML of a run on many; returns what it printed."""
+    content = yaml.safe_load((finished.output_dir.parent / "config.yaml").read_text(encoding="utf-8"))
+    config = finished.output_dir.parent / f"{engine}.yaml"
+    config.write_text(yaml.safe_dump({**content, **ENGINES[engine]}), encoding="utf-8")
     launcher = [] if command == "merge-lora" else ["--launcher", "python"]
     line = ["axolotl", command, str(config), *launcher, *words]
     done = subprocess.run(
@@ -47,13 +57,13 @@ def with_adapter(base_dir, folder):
 
 
 def test_merge_lora_merges_the_dpo_adapter_unless_told_otherwise(finished, base_dir, sft_dir):
-    told = axolotl("merge-lora", finished)
+    told = axolotl("merge-lora", finished, engine="zero3")
     assert "merge-lora uses the DPO adapter" in told
     merged = logits(AutoModelForCausalLM.from_pretrained(finished.output_dir / "merged"))
     policy, sft = with_adapter(base_dir, finished.output_dir), with_adapter(base_dir, sft_dir)
     assert (merged - policy).abs().max() < 1e-4
     assert (merged - sft).abs().max() > 1e-3
-    axolotl("merge-lora", finished, "--lora-model-dir", str(sft_dir))
+    axolotl("merge-lora", finished, "--lora-model-dir", str(sft_dir), engine="fsdp2")
     merged = logits(AutoModelForCausalLM.from_pretrained(finished.output_dir / "merged"))
     assert (merged - sft).abs().max() < 1e-4
 
@@ -74,13 +84,13 @@ def test_merging_from_nf4_says_in_which_precision(finished, monkeypatch):
 
 
 def test_inference_uses_the_dpo_adapter(finished):
-    told = axolotl("inference", finished, stdin="Hello\n")
+    told = axolotl("inference", finished, stdin="Hello\n", engine="zero3")
     assert f"inference uses the DPO adapter in {finished.output_dir}" in told
 
 
 def test_evaluate_measures_the_dpo_adapter_against_the_sft_adapter(finished):
     metrics = finished.trainer.evaluate()
-    axolotl("evaluate", finished)
+    axolotl("evaluate", finished, engine="fsdp2")
     table = dict(line.split(",")[::2] for line in (finished.output_dir / "eval_summary.csv").read_text().splitlines())
     assert float(table["rewards/margins"]) == pytest.approx(metrics["eval_rewards/margins"], abs=1e-5)
     assert metrics["eval_rewards/margins"] != 0
@@ -93,3 +103,19 @@ def test_commands_before_training_say_that_there_is_no_adapter(base_dir, sft_dir
     done = subprocess.run(["axolotl", *line[3:]], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode != 0
     assert "needs the DPO adapter" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("command", ["merge-lora", "inference", "evaluate"])
+def test_what_splits_the_model_is_left_out_on_one_process_alone(command, engine, monkeypatch):
+    from axolotl.utils.dict import DictDefault
+
+    from dpo_plugin.host.command import leave_out_engine, running_command
+
+    monkeypatch.setattr(sys, "argv", ["axolotl", command, "config.yaml"])
+    for ranks in ("1", "8"):
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        cfg = DictDefault({"rl": "dpo", **ENGINES[engine]})
+        assert running_command(cfg) == command
+        leave_out_engine(cfg)
+        assert set(cfg) == ({"rl"} if ranks == "1" else {"rl", *ENGINES[engine]})

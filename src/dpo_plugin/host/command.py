@@ -7,6 +7,7 @@ on the same YAML are about the adapter in ``output_dir``; axolotl 0.19 prefers `
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,36 @@ from dpo_plugin.host.log import LOG
 
 USES_TRAINED_ADAPTER = ("merge-lora", "inference", "evaluate")
 
+ENGINE_KEYS = (
+    "deepspeed", "fsdp", "fsdp_config", "fsdp_version", "tensor_parallel_size", "context_parallel_size",
+    "sequence_parallel_degree", "dp_shard_size", "dp_replicate_size",
+)  # fmt: skip
+"""What splits a model over ranks."""
+
 
 def running_command(cfg: Any) -> str:
-    """``merge-lora``, ``inference``, ``evaluate`` or ``train``, from the config's flags and the command line."""
+    """``merge-lora``, ``inference``, ``evaluate`` or ``train``, from the config's flags and the started program."""
     if cfg.get("merge_lora"):
         return "merge-lora"
     if cfg.get("inference"):
         return "inference"
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    if spec is not None and spec.name == "axolotl.cli.evaluate":
-        return "evaluate"
+    for command in USES_TRAINED_ADAPTER:
+        if spec is not None and spec.name == f"axolotl.cli.{command.replace('-', '_')}":
+            return command
     called_as_axolotl = Path(sys.argv[0]).name in ("axolotl", "axolotl.exe") and len(sys.argv) > 1
     return sys.argv[1] if called_as_axolotl and sys.argv[1] in USES_TRAINED_ADAPTER else "train"
+
+
+def leave_out_engine(cfg: Any) -> None:
+    """Let a command that runs on one process load the model whole, whatever the config trains with.
+
+    ``axolotl merge-lora`` of axolotl 0.19 reads the config once before it takes ``deepspeed`` out of it
+    (cli/merge_lora.py:149), and DeepSpeed then waits for other ranks.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        for key in ENGINE_KEYS:
+            cfg.pop(key, None)
 
 
 def adapter_named_on_command_line() -> bool:

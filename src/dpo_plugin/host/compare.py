@@ -26,6 +26,7 @@ from dpo_plugin.errors import CheckpointError, ConfigError
 from dpo_plugin.host import configs
 from dpo_plugin.host import datasets as host_datasets
 from dpo_plugin.host.checkpoints import read_marker
+from dpo_plugin.host.command import ENGINE_KEYS
 from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.raw_config import read_yaml, typed
 from dpo_plugin.host.resume import REFERENCE_STATE
@@ -38,9 +39,8 @@ from dpo_plugin.monitor.samples import Sample, read_prompts, samples_table
 
 # One process loads the model, and nothing is logged anywhere.
 _LEFT_OUT = (
-    "deepspeed", "fsdp", "fsdp_config", "fsdp_version", "tensor_parallel_size", "context_parallel_size",
-    "sequence_parallel_degree", "dp_shard_size", "dp_replicate_size", "use_wandb", "wandb_project", "use_mlflow",
-    "use_comet", "use_trackio", "use_tensorboard", "resume_from_checkpoint", "auto_resume_from_checkpoints",
+    *ENGINE_KEYS, "use_wandb", "wandb_project", "use_mlflow", "use_comet", "use_trackio", "use_tensorboard",
+    "resume_from_checkpoint", "auto_resume_from_checkpoints",
 )  # fmt: skip
 
 

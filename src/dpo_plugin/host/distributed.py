@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 from dpo_plugin.errors import CheckpointError, ConfigError
 from dpo_plugin.host.parallel import engine_that_shards, fsdp_version
-from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel, adapter_digest
+from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel, adapter_digest, without_copies
 from dpo_plugin.model.buffers import KeptBuffers
 from dpo_plugin.model.references import EmaReference, ReferenceStrategy
 
@@ -170,7 +170,7 @@ def load_policy(model: PolicyReferenceModel, folder: Path) -> None:
         raise CheckpointError(f"{folder} holds no {ADAPTER_FILE}. Write: resume_from_checkpoint: <another checkpoint>")
     like = next(parameter for _, parameter in model.policy_parameters())
     assert isinstance(like, DTensor)
-    values = load_file(file)
+    values = without_copies(load_file(file))
     parts = {
         key: distribute_tensor(v, like.device_mesh, like.placements, src_data_rank=None) for key, v in values.items()
     }

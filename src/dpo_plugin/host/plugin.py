@@ -14,9 +14,10 @@ from transformers import EarlyStoppingCallback
 from dpo_plugin.errors import AdapterError, ConfigError
 from dpo_plugin.host import datasets as host_datasets
 from dpo_plugin.host import excepthook
-from dpo_plugin.host.command import intended_rl, running_command, use_trained_adapter
+from dpo_plugin.host.command import intended_rl, leave_out_engine, running_command, use_trained_adapter
 from dpo_plugin.host.distributed import accept_fsdp2_with_nf4, reference_digest, refuse_moving_reference
 from dpo_plugin.host.log import LOG, ignore_deprecated_collectives
+from dpo_plugin.host.merge import complete_merges
 from dpo_plugin.host.parallel import offloads_to_host
 from dpo_plugin.host.raw_config import typed
 from dpo_plugin.host.settings import RunSettings, read_settings
@@ -55,9 +56,13 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         excepthook.install()
         self.settings = None
         command = running_command(cfg)
-        if intended_rl(cfg) in ("dpo", "ipo") and command in ("merge-lora", "inference"):
-            use_trained_adapter(cfg, command)
-            return
+        if intended_rl(cfg) in ("dpo", "ipo") and command != "train":
+            leave_out_engine(cfg)
+            if command == "merge-lora":
+                complete_merges()
+            if command != "evaluate":
+                use_trained_adapter(cfg, command)
+                return
         if str(cfg.get("rl")) not in ("dpo", "ipo"):
             LOG.info(f"dpo_plugin: nothing to do for `rl: {cfg.get('rl')}`; it serves rl: dpo and rl: ipo.")
             if cfg.get("trainer_cls") == TRAINER:

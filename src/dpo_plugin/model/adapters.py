@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM, get_peft_model_state_dict
@@ -30,6 +30,8 @@ from dpo_plugin.model.inits import check_fresh_init, check_saved_init
 # PEFT saves the adapter called "default" into the folder itself and any other into a folder of its own.
 POLICY = "default"
 REFERENCE = "reference"
+
+_T = TypeVar("_T")
 
 
 _PEFT_ERRORS = (AttributeError, ImportError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError)
@@ -190,16 +192,21 @@ def attach(
         AdapterError: If an adapter does not fit the base, or was not attached as it is on disk.
         ConfigError: If a fresh LoRA would change the base.
     """
+    folders: dict[str, AdapterFolder] = {}
     if isinstance(policy, AdapterFolder):
         model = _wrap(base, LoraConfig.from_pretrained(str(policy.path)), policy)
         model.starts_as_base = False
-        _load(model, policy, POLICY)
+        folders[POLICY] = policy
     else:
         check_fresh_init(policy.init_lora_weights)
         model = _wrap(base, policy, None)
         model.starts_as_base = policy.init_lora_weights in (True, "gaussian", "eva")
     if reference is not None:
-        _load(model, reference, REFERENCE)
+        folders[REFERENCE] = reference
+    for name, folder in folders.items():
+        _load(model, folder, name)
+    for name, folder in folders.items():
+        _check_attached(model, folder, name)
     model.bind_switch()
     model.train_only_policy()
     model.digests = {name: adapter_digest(model, name) for name in model.peft_config}
@@ -216,17 +223,21 @@ def _wrap(base: nn.Module, config: LoraConfig, folder: AdapterFolder | None) -> 
 
 
 def _load(model: PolicyReferenceModel, folder: AdapterFolder, name: str) -> None:
-    """Load an adapter's file and check that each of its tensors arrived."""
+    """Load an adapter's file; each of its tensors must have a place, and each of the adapter's a tensor."""
     try:
         result = model.load_adapter(str(folder.path), name, is_trainable=name == POLICY, torch_device="cpu")
     except _PEFT_ERRORS as error:
         raise _misfit(folder, str(error)) from error
-    for keys, what in ((result.unexpected_keys, "has no place for"), (result.missing_keys, "finds no weights for")):
+    unexpected = without_copies(dict.fromkeys(result.unexpected_keys))
+    for keys, what in ((list(unexpected), "has no place for"), (result.missing_keys, "finds no weights for")):
         if keys:
             raise _misfit(folder, f"the base model {what} {len(keys)} of its tensors, the first is {keys[0]}")
-    on_disk = load_peft_weights(str(folder.path), device="cpu")
+
+
+def _check_attached(model: PolicyReferenceModel, folder: AdapterFolder, name: str) -> None:
+    """Compare each tensor of an adapter's file with the attached one, once all adapters are loaded."""
     attached = get_peft_model_state_dict(model, adapter_name=name)
-    for key, expected in on_disk.items():
+    for key, expected in without_copies(load_peft_weights(str(folder.path), device="cpu")).items():
         if not expected.isfinite().all():
             raise AdapterError(
                 f"`{folder.key}: {folder.path}`: tensor {key} has values that are not finite. Train it anew."
@@ -239,13 +250,26 @@ def _load(model: PolicyReferenceModel, folder: AdapterFolder, name: str) -> None
             )
 
 
+def without_copies(tensors: Mapping[str, _T]) -> dict[str, _T]:
+    """The tensors of an adapter's file that are the adapter.
+
+    Where the vocabulary was resized, PEFT 0.20 saves an embedding of ``modules_to_save`` three times
+    (utils/save_and_load.py:459): as ``….weight``, which it reads again; a second time under a key that it has no place
+    for; and the base's, which is computed with only while no adapter is active.
+    """
+    copies = (".modules_to_save.", ".original_module.")
+    return {key: tensor for key, tensor in tensors.items() if not any(copy in key for copy in copies)}
+
+
 def _misfit(folder: AdapterFolder | None, reason: str) -> AdapterError:
     if folder is None:
         return AdapterError(f"the LoRA settings do not fit the base model: {reason} Write: lora_target_linear: true")
     trained_on = folder.config.get("base_model_name_or_path")
+    resized = "size mismatch" in reason and "embed_tokens" in reason
+    tokens = f"For its new tokens, write: tokenizer_config: {folder.path}. " if resized else ""
     return AdapterError(
         f"`{folder.key}: {folder.path}` does not fit the base model: {' '.join(reason.split())[:200]}. "
-        f"It was trained on {trained_on}. Write: base_model: {trained_on}"
+        f"{tokens}It was trained on {trained_on}. Write: base_model: {trained_on}"
     )
 
 
