@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from tests.support import tiny
+from tests.support import bases as bases_of
+from tests.support import host, tiny
 from tests.support.tiny import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -47,6 +49,71 @@ def test_a_recipe_passes_the_hosts_validator(recipe, base_dir, tmp_path, monkeyp
         assert (ROOT / deepspeed).is_file()
 
 
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Family → folder of its tiny base."""
+    return {family: bases_of.save(family, tmp_path_factory.mktemp(family)) for family in bases_of.FAMILIES}
+
+
+def rows_for(recipe: dict[str, Any], folder: Path) -> Path:
+    """Rows of the demo's data in the columns of the recipe's data set, without those its template cannot hold."""
+    rows = [json.loads(line) for line in (ROOT / "recipes/data/preferences.jsonl").read_text("utf-8").splitlines()][:64]
+    if recipe["base_model"].startswith("mistralai"):  # its template drops a system message once an answer follows
+        rows = [row for row in rows if row["chosen"][0]["role"] != "system"]
+    if "truthy-dpo" in recipe["datasets"][0]["path"]:
+        system = {"role": "system", "content": "You are an unbiased assistant."}
+        rows = [{**row, "chosen": [m for m in row["chosen"] if m["role"] != "system"]} for row in rows]
+        rows = [row for row in rows if len(row["chosen"]) == 2]
+        rows = [
+            {
+                "id": str(number),
+                "source": row["source"],
+                "system": system["content"] if number % 2 else "",
+                "prompt": row["chosen"][0]["content"],
+                "chosen": row["chosen"][-1]["content"],
+                "rejected": row["rejected"][-1]["content"],
+            }
+            for number, row in enumerate(rows)
+        ]
+    return tiny.write_rows(folder / "rows.jsonl", rows)
+
+
+ENGINE = {"deepspeed", "fsdp_version", "fsdp_config"}
+TINY = {
+    "max_steps": 2, "micro_batch_size": 2, "gradient_accumulation_steps": 2, "val_set_size": 0.1, "save_strategy": "no",
+    "save_steps": None, "save_total_limit": None, "bf16": False, "tf32": False, "gradient_checkpointing": False,
+    "gradient_checkpointing_kwargs": None, "dataset_num_proc": 1, "dataloader_num_workers": 0,
+    "lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if not r.stem.startswith("tiny")], ids=lambda path: path.stem)
+def test_a_recipe_prepares_its_rows_and_trains_two_steps(recipe, bases, tmp_path):
+    """Base, sizes, paths and steps are tiny and the engine is one process; all else is the recipe's."""
+    raw = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    base = bases[raw["base_model"].split("/")[0]]
+    local = {"path": str(rows_for(raw, tmp_path)), "ds_type": "json"}
+    config = {key: value for key, value in {**raw, **TINY}.items() if value is not None and key not in ENGINE}
+    config |= {"base_model": str(base), "output_dir": str(tmp_path / "out")}
+    config |= {"dataset_prepared_path": str(tmp_path / "prepared"), "datasets": [{**raw["datasets"][0], **local}]}
+    if "lora_model_dir" in raw:
+        shape = {"r": raw["lora_r"], "lora_alpha": raw["lora_alpha"]}
+        config["lora_model_dir"] = str(tiny.save_adapter(base, tmp_path / "sft", **shape))
+        if "adapter_dir" in config.get("dpo_plugin", {}).get("reference", {}):
+            config["dpo_plugin"]["reference"]["adapter_dir"] = str(
+                tiny.save_adapter(base, tmp_path / "ref", 2, **shape)
+            )
+    run = host.train(config, tmp_path / "run")
+    audit = json.loads((run.output_dir / "data_audit.json").read_text(encoding="utf-8"))["datasets"][0]
+    assert audit["kept"] == audit["read"] >= 30
+    assert [line["step"] for line in run.lines] == [1, 2]
+    if "adapter_dir" not in str(raw.get("dpo_plugin")):
+        assert run.lines[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+    example = run.trainer.train_dataset[0]
+    tokens = run.trainer.processing_class.convert_ids_to_tokens(example["chosen_ids"][-1:])
+    assert tokens == [run.trainer.processing_class.eos_token]
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_opens_with_what_hardware_and_command(recipe):
     head = recipe.read_text(encoding="utf-8").split("base_model:")[0]
@@ -72,6 +139,27 @@ def test_the_72b_recipe_is_the_published_one(base_dir, tmp_path, monkeypatch):
     assert zero["overlap_comm"] is zero["contiguous_gradients"] is True
     assert zero["reduce_bucket_size"] == zero["stage3_prefetch_bucket_size"] == 104857600
     assert zero["stage3_param_persistence_threshold"] == 1048576
+
+
+PUBLISHED = {
+    "nemo12b-dpo": {
+        "rl_beta": 0.05, "sequence_len": 2048, "gradient_accumulation_steps": 20, "num_epochs": 2,
+        "learning_rate": 5e-6, "save_steps": 500,
+    },
+    "phi2-dpo-full": {"rl_beta": 0.2, "num_epochs": 1, "micro_batch_size": 4, "sequence_len": 512, "seed": 2003},
+    "phi2-dpo-lora": {"rl_beta": 0.2, "num_epochs": 1, "micro_batch_size": 4, "sequence_len": 512, "seed": 2003},
+    "qwen72b-dpo": {"rl_beta": 0.1, "learning_rate": 1e-5, "lora_r": 16, "lora_alpha": 16},
+    "qwen72b-dpo-fsdp": {"rl_beta": 0.1, "learning_rate": 1e-5, "lora_r": 16, "lora_alpha": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_has_the_published_values_and_lists_the_others(name):
+    text = (ROOT / f"recipes/{name}.yaml").read_text(encoding="utf-8")
+    recipe = yaml.safe_load(text)
+    expected = PUBLISHED[name] | ({"gradient_accumulation_steps": 1} if "phi2" in name else {})
+    assert {key: float(recipe[key]) for key in expected} == expected  # YAML 1.1 reads 5e-6 as text
+    assert "# Differs:" in text.split("base_model:")[0]
 
 
 def test_accelerates_fsdp_config_says_what_the_recipe_says():

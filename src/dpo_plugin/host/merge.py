@@ -49,7 +49,7 @@ def separate_head(adapter: Path, base: str) -> Tensor | None:
     Raises:
         AdapterError: If it holds the embedding alone, whose values the merged model's tied head would take over.
     """
-    tensors = load_peft_weights(str(adapter), device="cpu")
+    tensors: dict[str, Tensor] = load_peft_weights(str(adapter), device="cpu")
     alone = _HEAD not in tensors and any(key.endswith(".embed_tokens.weight") for key in tensors)
     tied_in_training = PeftConfig.from_pretrained(str(adapter)).ensure_weight_tying
     if alone and not tied_in_training and AutoConfig.from_pretrained(base).tie_word_embeddings:
