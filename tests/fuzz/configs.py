@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import random
 import re
@@ -53,7 +54,9 @@ def paths() -> list[tuple[Any, ...]]:
 
 
 def put(config: Any, path: tuple[Any, ...], value: Any) -> None:
-    """Set a value, where what is on the way is or can become a mapping."""
+    """Set a value, where what is on the way is or can become a mapping; nothing is written to the root of the disk."""
+    if path[-1] in ("output_dir", "dataset_prepared_path", "cache") and value in ("/", ".."):
+        return
     for key in path[:-1]:
         if isinstance(config, dict) and not isinstance(config.get(key), dict | list):
             config[key] = {}
@@ -176,7 +179,11 @@ def run(
     """Outcomes, and the configs that ended bare."""
     good, outcomes, bare = good_config(folder), Counter[str](), []
     tokenizer = tiny.tokenizer()
-    with mock.patch("dpo_plugin.host.datasets.load_tokenizer", return_value=tokenizer):
+    (folder / "here").mkdir()  # relative folders of the configs are made in it
+    with (
+        contextlib.chdir(folder / "here"),
+        mock.patch("dpo_plugin.host.datasets.load_tokenizer", return_value=tokenizer),
+    ):
         for config in cases(seed, count, good):
             try:
                 outcomes[check(config)] += 1
