@@ -241,6 +241,21 @@ class TestInits:
         assert torch.equal(logits(model), logits(base_of(base_dir)))
 
 
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"lora_alpha": 36}, False),
+        ({"use_rslora": True}, False),
+        ({"alpha_pattern": {"q_proj": 4}}, False),
+        ({"lora_dropout": 0.5, "base_model_name_or_path": "elsewhere"}, True),
+        ({"use_qalora": None, "qalora_group_size": None}, True),  # as an older PEFT writes it
+    ],
+)
+def test_the_digest_sees_what_scales_the_adapter(base_dir, sft_dir, tmp_path, change, same):
+    folder = copy_adapter(sft_dir, tmp_path, **change)
+    assert (dual(base_dir, folder).digests[REFERENCE] == dual(base_dir, sft_dir).digests[REFERENCE]) == same
+
+
 class TestMisfits:
     def test_another_hidden_size_names_the_first_module(self, base_dir, sft_dir):
         config = Qwen2Config(**{**base_of(base_dir).config.to_dict(), "hidden_size": 96, "num_attention_heads": 6})

@@ -48,8 +48,8 @@ class _LoraSettings(BaseModel):
     target_modules: _Names
     exclude_modules: _Names = None
     modules_to_save: _Names = None
-    rank_pattern: dict[str, _Rank] | None = None
-    alpha_pattern: dict[str, _Alpha] | None = None
+    rank_pattern: dict[str, _Rank] = {}
+    alpha_pattern: dict[str, _Alpha] = {}
     lora_dropout: Annotated[StrictFloat, Field(ge=0, le=1)] = 0.0
     use_rslora: StrictBool = False
     use_dora: StrictBool = False

@@ -289,8 +289,15 @@ _NEUTRAL = (
 
 
 def adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of an adapter that its tensors do not show: rank and alpha, which scale them, and their patterns."""
-    facts = {name: value for name, value in config.items() if name not in _NEUTRAL}
+    """The settings of an adapter that its tensors do not show: rank and alpha, which scale them, and their patterns.
+
+    What is as PEFT sets it by itself is left out, so that a config of another PEFT, which has other keys, is the same.
+    """
+    usual = LoraConfig().to_dict()
+    told = {
+        name: value for name, value in config.items() if name not in _NEUTRAL and value and value != usual.get(name)
+    }
+    facts = {**told, "r": config.get("r"), "lora_alpha": config.get("lora_alpha")}
     found: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return found
 
