@@ -292,3 +292,41 @@ class TestCheckOfKeptRows:
         assert deviation(kept, kept + noise, tokens) == pytest.approx(0.02, rel=1e-4)
         assert deviation(kept, kept + 0.01 * tokens, tokens) == pytest.approx(0.01 * 3200**0.5, rel=1e-4)
         assert deviation(torch.full_like(kept, math.nan), kept, tokens) == 0
+
+    @pytest.mark.parametrize("wrong", [0.0, 0.01])
+    def test_ranks_ask_and_forward_together_though_one_alone_has_wrong_rows(self, tmp_path, wrong):
+        """A wait that lasts longer than `timeout` is a hang, and breaks the barrier of both."""
+        values, batches = self.values(), self.batches()
+        barrier, flags, runs, errors = threading.Barrier(2, timeout=30), [False, False], [[], []], []
+
+        def run(rank):
+            def on_any_rank(flag):
+                barrier.wait()
+                flags[rank] = bool(flag)
+                barrier.wait()
+                return any(flags)
+
+            mine = batches[rank::2] * 3
+            store = ReferenceLogpStore(tmp_path, "a" * 64)
+            kept = KeptReference(_Fixed(values), store, on_any_rank, 1e-3, lambda line: None)
+            try:
+                for batch in mine:
+                    found = kept.logps(None, batch, None)
+                    runs[rank].append(kept.fresh)
+                    assert torch.equal(found, torch.stack([values[key] for key in batch.keys]))
+            except BaseException as error:
+                errors.append(error)
+                barrier.abort()
+
+        first = ReferenceLogpStore(tmp_path, "a" * 64)
+        for rank in (0, 1):
+            keys = [key for batch in batches[rank::2] for key in batch.keys]
+            first.put(keys, torch.stack([values[key] for key in keys]) + wrong * rank)
+        first.flush()
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        assert runs[0] == runs[1] == ([True] * 4 + [False] * 5 if not wrong else [True] * 3 + [False] * 6)
