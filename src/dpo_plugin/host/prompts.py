@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from axolotl.integrations.base import PluginManager
@@ -75,3 +75,28 @@ def render_prompt(
         except RowError as error:
             raise ConfigError(f"`{KEY}: {file}`: {error}. Write another prompt instead of {prompt!r}") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def check_rendered_as_trained(
+    rows: Iterable[Mapping[str, Any]], tokenizer: Any, datasets: Sequence[Mapping[str, Any]], file: str
+) -> None:
+    """Refuse prompts of a file where the data's prompts do not lead to an answer as the chat template does.
+
+    Types of axolotl's own and third parties' formats bring texts of their own, into which no prompt of a file fits. One
+    of the rows that is rendered by the template is enough.
+
+    Raises:
+        ConfigError: If none was.
+    """
+    renderer = renderer_of(PluginManager.get_instance().cfg, datasets[0], tokenizer, refuse_special_tokens=True)
+    if not renderer.template:
+        return
+    question = "dpoPluginQuestion"
+    ask = [Message(role="user", content=question)]
+    leads = renderer.text(ask, PreferencePair(ask, [], []), generate=True).rpartition(question)[2].strip()
+    texts = [tokenizer.decode([*row["prompt_ids"], *row["chosen_ids"][:8]]) for row in rows]
+    if texts and not any(leads in text[-len(leads) - 200 :] for text in texts):
+        raise ConfigError(
+            f"`{KEY}: {file}`: {renderer.name} writes {leads!r} before an answer, and the training data does not: its "
+            f"first prompt ends with {texts[0][-60:]!r}. Its type brings another text. Write: prompts: eval"
+        )

@@ -14,7 +14,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 from dpo_plugin.config import SamplesConfig
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.host.engine import named_datasets
-from dpo_plugin.host.prompts import KEY, refusal, render_prompt
+from dpo_plugin.host.prompts import KEY, check_rendered_as_trained, refusal, render_prompt
 from dpo_plugin.monitor.answers import AnswerOptions, Sampler
 from dpo_plugin.monitor.runs import SAMPLES
 from dpo_plugin.monitor.samples import (
@@ -44,6 +44,9 @@ def prompt_ids(trainer: Any, settings: SamplesConfig, datasets: Sequence[Mapping
     """
     if settings.prompts != "eval":
         found = read_prompts(settings.prompts, KEY)
+        if not (datasets[0].get("type") == "dpo_plugin.text" and all(isinstance(prompt, str) for prompt in found)):
+            rows = islice(trainer.train_dataset, 8)
+            check_rendered_as_trained(rows, trainer.processing_class, datasets, settings.prompts)
         return [render_prompt(prompt, trainer.processing_class, datasets, settings.prompts) for prompt in found]
     evaluation = (data for name, data in named_datasets(trainer) if name.startswith("evaluation"))
     prompts = prompts_of_pairs(chain.from_iterable(evaluation), settings.count)

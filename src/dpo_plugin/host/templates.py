@@ -12,11 +12,12 @@ from dpo_plugin.data.render import Renderer
 
 
 def renderer_of(cfg: Any, entry: Mapping[str, Any], tokenizer: Any, refuse_special_tokens: bool) -> Renderer:
-    """The renderer of one dataset entry; its ``chat_template`` comes before the config's and the tokenizer's own."""
-    choice = entry.get("chat_template") or cfg.chat_template
+    """The renderer of one dataset entry; its template comes before the config's and the tokenizer's own."""
+    own = entry.get("chat_template") or ("jinja" if entry.get("chat_template_jinja") else None)
+    choice = own or cfg.chat_template
     return Renderer(
         tokenizer,
-        get_chat_template_from_config(cfg, DictDefault(entry), tokenizer) if choice else None,
+        get_chat_template_from_config(cfg, DictDefault({**entry, "chat_template": own}), tokenizer) if choice else None,
         name=f"chat_template {choice}" if choice else "the tokenizer's chat template",
         template_kwargs=cfg.chat_template_kwargs or {},
         refuse_special_tokens=refuse_special_tokens,
