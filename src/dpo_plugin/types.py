@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, Self, TypedDict, get_args
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -200,6 +200,11 @@ class RunFacts:
         epochs: Epochs that the run is to take.
         starts_as_reference: Whether policy and reference have the same weights before the first step.
         reference_fixed: Whether the reference must stay as it is.
+        base: The base model.
+        policy: What is trained: the path of the adapter it starts from, a fresh LoRA, or all weights.
+        reference: The reference strategy and its adapter.
+        pairs: Training pairs.
+        hardware: Processes and their device.
     """
 
     beta: float | None = None
@@ -213,6 +218,11 @@ class RunFacts:
     epochs: float | None = None
     starts_as_reference: bool | None = None
     reference_fixed: bool | None = None
+    base: str | None = None
+    policy: str | None = None
+    reference: str | None = None
+    pairs: int | None = None
+    hardware: str | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -255,7 +265,8 @@ class Finding:
             TypeError: If ``what`` or ``advice`` is missing.
         """
         known = {entry.name for entry in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
+        found = cls(**{key: value for key, value in values.items() if key in known})
+        return found if found.severity in get_args(Severity) else replace(found, severity="warning")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""

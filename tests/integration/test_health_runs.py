@@ -28,9 +28,15 @@ def written(run):
     return json.loads((run.output_dir / "dpo_run.json").read_text())
 
 
-def test_a_run_that_learns_has_no_finding_and_figures_by_source(base_dir, sft_dir, tmp_path, caplog):
+def test_a_run_that_learns_has_no_finding_and_figures_by_source(base_dir, sft_dir, tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("COMET_API_KEY", "")  # which the host sets from the config
+    secrets = {"comet_api_key": "hush-1", "mlflow_tracking_uri": "http://me:hush-2@mlflow.example"}
     with caplog.at_level(logging.WARNING):
-        run = host.train(config(base_dir, sft_dir, tmp_path), tmp_path)
+        run = host.train(config(base_dir, sft_dir, tmp_path, **secrets), tmp_path)
+    left = [file for file in run.output_dir.rglob("*") if file.is_file() and file.name != "debug.log"]  # the host's
+    assert not [file for file in left if b"hush-" in file.read_bytes()]
+    assert written(run)["config"]["learning_rate"] == 1e-3
+    assert "group_by_length" not in written(run)["config"], "a default of the host was not set"
     assert written(run)["findings"] == []
     assert written(run)["facts"]["adapter_dtype"] == "float32"
     assert written(run)["facts"]["starts_as_reference"] is True

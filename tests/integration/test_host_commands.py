@@ -94,6 +94,8 @@ def test_evaluate_measures_the_dpo_adapter_against_the_sft_adapter(finished):
     table = dict(line.split(",")[::2] for line in (finished.output_dir / "eval_summary.csv").read_text().splitlines())
     assert float(table["rewards/margins"]) == pytest.approx(metrics["eval_rewards/margins"], abs=1e-5)
     assert metrics["eval_rewards/margins"] != 0
+    assert "eval_logps/chosen_displacement" in metrics
+    assert not [name for name in table if "displacement" in name], "an evaluation alone has no step 0"
 
 
 def test_commands_before_training_say_that_there_is_no_adapter(base_dir, sft_dir, tmp_path):

@@ -11,7 +11,14 @@ import torch
 
 from dpo_plugin.errors import DPOPluginError
 from dpo_plugin.monitor.metrics import METRICS, USUAL, MeanMetrics
-from dpo_plugin.monitor.tallies import MARGINS_KEPT, OTHER_SOURCES, SOURCES_LOGGED, MarginSample, SourceTally
+from dpo_plugin.monitor.tallies import (
+    OTHER_SOURCES,
+    PAIRS_KEPT,
+    SOURCES_LOGGED,
+    RewardSample,
+    SourceTally,
+    margin_percentiles,
+)
 from dpo_plugin.registry import get_registry
 from dpo_plugin.types import PairLogps
 
@@ -252,13 +259,13 @@ def test_without_any_pair_there_is_nothing_and_everything_starts_anew():
 
 
 def test_margins_are_bounded_and_still_spread_over_all_pairs():
-    sample, every = MarginSample(), torch.arange(50_000.0)
+    sample, every = RewardSample(), torch.stack([torch.arange(50_000.0), torch.zeros(50_000)], dim=1)
     for batch in every.split(7):
         sample.add(batch)
-        assert sample.kept <= MARGINS_KEPT
+        assert sample.kept <= PAIRS_KEPT
     kept = torch.cat(sample._parts)
     assert torch.equal(kept, every[:: sample._stride])
-    levels = sample.percentiles(sample.kept, torch.device("cpu"), alone)
+    levels = margin_percentiles(sample.gathered(sample.kept, torch.device("cpu"), alone))
     assert levels["rewards/margins_p10"] == pytest.approx(5_000, rel=0.01)
     assert levels["rewards/margins_p90"] == pytest.approx(45_000, rel=0.01)
 
@@ -359,7 +366,7 @@ def test_no_gradient_is_kept():
     metrics = MeanMetrics(METRICS)
     metrics.update(made)
     assert not metrics._sums.requires_grad
-    assert not any(margins.requires_grad for margins in metrics._margins._parts)
+    assert not any(rewards.requires_grad for rewards in metrics._sample._parts)
     assert math.isfinite(metrics.result(alone)["rewards/margins/a"])
 
 

@@ -1,30 +1,50 @@
 """Reading what a run left behind, whole or damaged, and the page that is made of it."""
 
+import html
 import json
 import math
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
+from dpo_plugin import registry
 from dpo_plugin.errors import DataError
-from dpo_plugin.monitor.charts import BUCKETS, Chart, Line, as_arrays, smoothed, thinned, to_svg
+from dpo_plugin.host.cli import dpo
+from dpo_plugin.monitor.charts import (
+    BUCKETS,
+    LIGHT,
+    Chart,
+    Line,
+    as_arrays,
+    draw,
+    smoothed,
+    thinned,
+    to_png,
+    to_svg,
+)
 from dpo_plugin.monitor.checks import CHECKS
 from dpo_plugin.monitor.fields import explain
-from dpo_plugin.monitor.history import Series
+from dpo_plugin.monitor.history import History, Series
 from dpo_plugin.monitor.metrics import METRICS, MeanMetrics
-from dpo_plugin.monitor.panels import MARKED_ON, PANELS
+from dpo_plugin.monitor.page import number
+from dpo_plugin.monitor.panels import MARKED_ON, PANELS, charts, comparison, ranked
 from dpo_plugin.monitor.report import verdict, write_pngs, write_report
 from dpo_plugin.monitor.runs import LOG, RUN, SAMPLES, STATE, log_text, read_run
+from dpo_plugin.monitor.shown import shown_settings, shown_text
+from dpo_plugin.monitor.spreads import reward_charts
+from dpo_plugin.registry import Names, Registered
 from dpo_plugin.types import Finding
 from tests.unit.test_health import recorded
 from tests.unit.test_metrics import some_pairs
 
-NOT_RECORDED = {"entropy", "travel", "speed"}
+NOT_RECORDED = {"entropy", "travel", "speed", "logits"}
 """Panels of fields that came after the runs were recorded."""
 
 
@@ -91,6 +111,37 @@ def test_findings_are_made_from_the_log_if_none_were_written(tmp_path: Path):
     assert made == {"accuracy_at_chance", "likelihood_displacement", "loss_diverged", "margin_not_rising"}
 
 
+def test_the_command_replays_what_is_registered_without_what_the_config_switches_off(tmp_path: Path, monkeypatch: Any):
+    def theirs(history: Any) -> Finding | None:
+        return Finding("theirs saw it", "Look. Write: a: b") if history.step >= 33 else None
+
+    def broken(history: Any) -> Finding | None:
+        raise KeyError("x")
+
+    entries = {name: Registered(check, "dpo_plugin") for name, check in CHECKS.items()}
+    entries |= {"theirs": Registered(theirs, "their-package"), "broken": Registered(broken, "their-package")}
+    checks = Names("health check", entries)
+    monkeypatch.setattr(registry, "get_registry", lambda: SimpleNamespace(health_checks=checks))
+    found = {}
+    for name, health in {
+        "all": {},
+        "one off": {"checks": {"theirs": "off", "loss_diverged": False}},  # YAML reads a bare off as false
+        "one on": {"action": "off", "checks": {"theirs": "stop"}},
+    }.items():
+        path = folder(tmp_path / name, "diverged")
+        settings = {**json.loads((path / RUN).read_text()), "config": {"dpo_plugin": {"health": health}}}
+        (path / RUN).write_text(json.dumps(settings), encoding="utf-8")
+        result = CliRunner().invoke(dpo, ["report", str(path), "--json"])
+        assert result.exit_code == 0, result.output
+        record = json.loads(result.stdout)["runs"][0]
+        found[name] = {one["check"]: one for one in record["findings"]}
+    ours = {"accuracy_at_chance", "likelihood_displacement", "loss_diverged", "margin_not_rising"}
+    assert set(found["all"]) == {*ours, "theirs", "broken"}
+    assert "'broken' of their-package raised KeyError" in found["all"]["broken"]["what"]
+    assert set(found["one off"]) == {*ours, "broken"} - {"loss_diverged"}
+    assert set(found["one on"]) == {"theirs"}
+
+
 def test_findings_that_were_written_are_taken(tmp_path: Path):
     one = Finding("it is odd", "Look. Write: a: b", "warning", 5, {"loss": 1.0}, "theirs", 9)
     assert read_run(folder(tmp_path, "diverged", findings=[one.to_dict()])).findings == [one]
@@ -150,7 +201,7 @@ def test_a_settings_file_of_another_make_is_passed_over(tmp_path: Path, run: Any
     (path / RUN).write_text(json.dumps(run), encoding="utf-8")
     (path / "data_audit.json").write_text(json.dumps({"datasets": ["x", 1]}), encoding="utf-8")
     assert "loss_diverged" in {finding.check for finding in read_run(path).findings}
-    assert "8.573" in written([read_run(path)], tmp_path)
+    assert "8.57" in written([read_run(path)], tmp_path)
 
 
 def test_steps_that_a_resumed_run_took_again_count_once(tmp_path: Path):
@@ -252,15 +303,17 @@ def test_the_page_has_everything_and_the_verdict_first(tmp_path: Path):
     order = [
         "<h1>my run",
         "Nothing was found",
-        "95% of 64 held-out pairs",
+        "95.3% of 64 held-out pairs",
         "Curves",
         'id="loss"',
         "<h2>Data",
         "264 rows read",
-        "<td>help_desk</td>",
+        '<th scope="row">help_desk</th>',
         "<h2>Answers",
+        ">Hi<",
+        "Hello",
+        "Q?",
         "Yes, gladly.",
-        "user: Hi",
         "Settings",
         "dpo_plugin.reference.strategy",
     ]
@@ -276,11 +329,18 @@ def test_the_page_has_everything_and_the_verdict_first(tmp_path: Path):
     )
 
 
+def test_every_field_is_listed_with_its_last_values(healthy_page: str):
+    page = body(healthy_page)
+    assert re.search(r"<code>grad_norm</code> <b>[\d.]+</b>", page)
+    assert re.search(r"<code>rewards/accuracies</code> <b>[\d.]+%, held out 95.3%</b>", page)
+    assert "built-in method" not in page
+
+
 def test_every_chart_is_captioned_and_every_field_explained(healthy_page: str):
     page = body(healthy_page)
     for panel in PANELS:
         assert len(panel.caption) > 30
-        caption = panel.caption.split(";")[0].replace("'", "&#x27;").replace(">", "&gt;")
+        caption = panel.caption.split(";")[0].replace("'", "&#39;").replace(">", "&gt;")
         assert (caption in page) == (panel.key not in NOT_RECORDED)
     metrics = MeanMetrics(METRICS)
     metrics.update(some_pairs(30, sources=["a", "b/c"] * 15))
@@ -312,9 +372,9 @@ def test_findings_are_listed_and_marked_on_their_curves(tmp_path: Path):
     page = body(written([run], tmp_path))
     assert page.index("1 fault") < page.index("16.6 times what it was at first") < page.index('id="loss"')
     assert page.count('<code class="write">learning_rate: 0.003</code>') == 4
-    for number, finding in enumerate(run.findings, 1):
+    for place, finding in enumerate(run.findings, 1):
         figure = re.search(rf'<figure id="{MARKED_ON[finding.check]}".*?</figure>', page, flags=re.DOTALL).group()
-        assert re.search(rf"font-weight: (bold|700)[^>]*>{number}</text>", figure)
+        assert re.search(rf"font-weight: (bold|700)[^>]*>{place}</text>", figure)
 
 
 def test_every_check_has_a_curve_to_be_marked_on():
@@ -341,6 +401,43 @@ def test_what_comes_from_outside_is_escaped(tmp_path: Path):
     run.name, run.notes = evil, [evil]
     assert evil not in written([run], tmp_path)
     assert evil not in written([run, read_run(folder(tmp_path / "b"))], tmp_path)
+
+
+SECRETS = {
+    "comet_api_key": "hush-1",
+    "mlflow_tracking_uri": "https://me:hush-2@mlflow.example",
+    "hf_use_auth_token": "hush-3",
+    "wandb_run_id": "hush-4",
+    "some_new_tracker": {"token": "hush-5"},
+    "base_model": "https://me:hush-6@models.example/base?sig=hush-7",
+    "datasets": [{"path": "s3://key:hush-8@bucket/rows.jsonl#hush-9", "type": "dpo_plugin.chat", "auth": "hush-a"}],
+    "deepspeed": {"zero_optimization": {"stage": 3}, "comet": {"api_key": "hush-b"}},
+    "learning_rate": 7e-4,
+}
+
+
+def test_settings_that_may_hold_a_secret_are_not_shown(tmp_path: Path):
+    assert "hush" not in json.dumps(shown_settings(SECRETS))
+    path = folder(tmp_path / "older", config=SECRETS)  # a file from before settings were chosen
+    page = written([read_run(path)], tmp_path)
+    assert "hush" not in page
+    assert "hush" not in written([read_run(path), read_run(folder(tmp_path / "b"))], tmp_path)
+    shown = ("https://models.example/base", "s3://bucket/rows.jsonl", "deepspeed.zero_optimization.stage", "0.0007")
+    assert all(text in page for text in shown)
+
+
+@pytest.mark.parametrize("path", ["/data/a@b/c", "org/model", "./x?y#z", "C:\\rows", "s3://bucket/a@b.jsonl"])
+def test_paths_are_shown_as_they_are(path: str):
+    assert shown_text(path) == path
+
+
+@pytest.mark.parametrize("name", ["severity", "check", "what", "advice"])
+def test_no_field_of_a_finding_is_markup(tmp_path: Path, name: str):
+    evil = '"><script>alert(1)</script>'
+    finding = Finding("it is odd", "Look. Write: a: b").to_dict() | {name: evil, "numbers": {evil: 1.0}}
+    page = written([read_run(folder(tmp_path, findings=[finding]))], tmp_path)
+    assert page.count("<script>") == 1
+    assert "alert(1)" not in page.replace("&#34;&gt;&lt;script&gt;alert(1)&lt;/script&gt;", "")
 
 
 def test_several_runs_are_compared(tmp_path: Path):
@@ -451,3 +548,146 @@ def test_reading_needs_no_torch_model_and_no_host():
     code = "import sys, dpo_plugin.monitor.report; print(*[m for m in ('torch', 'axolotl', 'trl', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+# ── as a person meets it ──
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.451867, "0.452"), (-3.0449, "−3.04"), (1234.56, "1,235"), (2e-05, "2e−05"), (0.1, "0.1"), (264, "264"),
+     (100_000, "100,000"), (-12, "−12"), (1e300, "1e+300"), (math.nan, "nan"), (None, "–")],
+)  # fmt: skip
+def test_numbers_have_three_digits(value: Any, text: str):
+    assert number(value) == text
+
+
+def test_accuracies_are_shares_of_a_hundred_and_no_number_breaks(healthy_page: str):
+    page = body(healthy_page)
+    tiles = dict(re.findall(r"<b>([^<]*)</b><small>([^<]*)</small>", page))
+    assert {value: label for label, value in tiles.items()}["accuracy, held out"] == "95.3%"
+    assert all(len(value.strip("−%").replace(".", "").lstrip("0")) <= 3 for value in tiles), tiles
+    assert re.search(r"\.tiles b\{[^}]*white-space:nowrap", healthy_page)
+
+
+def test_the_four_main_curves_come_first_and_the_rest_is_folded(healthy_page: str):
+    page = body(healthy_page)
+    seen, folded = page[page.index("<h2>Curves") :].split("<summary>More curves", 1)
+    assert re.findall(r'<figure id="([^"]+)"', seen) == ["loss", "accuracy", "margin", "rewards"]
+    assert "<details>" in seen
+    assert set(re.findall(r'<figure id="([^"]+)"', folded)) >= {"logps", "gradient", "rate", "displacement"}
+
+
+def test_folded_curves_are_open_where_a_finding_is_marked_on_one(tmp_path: Path):
+    assert "<details open><summary>More curves" in written([read_run(folder(tmp_path, "diverged"))], tmp_path)
+
+
+def test_the_header_says_what_was_trained_on_what(tmp_path: Path):
+    path = folder(tmp_path)
+    left = json.loads((path / RUN).read_text())
+    left["facts"] |= {"base": "org/base", "policy": "./sft", "reference": "adapter ./sft", "pairs": 264,
+                      "hardware": "8 × NVIDIA H100"}  # fmt: skip
+    (path / RUN).write_text(json.dumps(left), encoding="utf-8")
+    with (path / LOG).open("a") as log:
+        log.write(log_text({"step": 66, "train_runtime": 192.0, "train_loss": 0.5}))
+    page = body(written([read_run(path)], tmp_path))
+    about = re.sub(r"<[^>]+>", " ", page[page.index('<p class="about">') : page.index("verdict")])
+    expected = "base org/base adapter ./sft reference adapter ./sft β 0.1 rate 0.0007 pairs 264 duration 3 min 12 s hardware 8 × NVIDIA H100"
+    assert " ".join(about.split()).startswith(expected)
+
+
+def test_every_chart_of_a_run_has_one_axis_of_steps():
+    lines, facts, audits = recorded("healthy")
+    history = History(facts, audits)
+    for line in lines:
+        history.add(line)
+    axes = [draw(chart, LIGHT).axes[0] for chart in charts(history, [])]
+    assert {one.get_xlabel() for one in axes} == {"step"}
+    assert all(one.get_xlim() == pytest.approx((-1.32, 67.32)) for one in axes)
+
+
+@pytest.mark.parametrize("value", [2e-5, 0.0, -3.0])
+def test_what_is_constant_is_drawn_flat(value: float):
+    wobble = [value * (1 + 1e-12 * step) for step in range(9)]
+    axes = draw(Chart("rate", "Learning rate", "", [Line("rate", series(wobble))]), LIGHT).axes[0]
+    low, high = axes.get_ylim()
+    assert (low, high) == pytest.approx((-1, 1) if value == 0 else sorted((0, 2 * value)))
+
+
+def test_rewards_and_log_probs_have_held_out_lines_and_logits_a_chart(healthy_page: str, tmp_path: Path):
+    for key in ("rewards", "logps", "displacement"):
+        figure = re.search(rf'<figure id="{key}".*?</figure>', healthy_page, flags=re.DOTALL).group()
+        assert figure.count(", held out</text>") == 2, key
+    lines = [{"step": step, "loss": 0.6, "logits/chosen": 1.0 + step, "logits/rejected": 2.0} for step in (1, 2, 3)]
+    (tmp_path / LOG).write_text("".join(map(log_text, lines)), encoding="utf-8")
+    assert '<figure id="logits"' in written([read_run(tmp_path)], tmp_path)
+
+
+def test_the_rewards_of_pairs_are_drawn_at_the_start_and_the_end(tmp_path: Path):
+    start = {"step": 0, "chosen": [0.0] * 4, "rejected": [0.0] * 4}
+    end = {"step": 66, "chosen": [0.5, 1.0, 1.5, 1.0], "rejected": [-1.0, -2.0, -1.5, -1.0]}
+    rewards = {"": {"start": start, "end": start}, "eval_": {"start": start, "end": end}}
+    run = read_run(folder(tmp_path / "a", rewards=rewards))
+    drawn = {chart.key: chart for chart in reward_charts(run.rewards)}
+    assert list(drawn) == ["rewards-start", "rewards-end"]
+    assert "4 held-out pairs by reward, at step 66" in drawn["rewards-end"].caption
+    left, right = (draw(chart, LIGHT).axes[0] for chart in drawn.values())
+    assert left.get_xlim() == right.get_xlim()
+    page = written([run], tmp_path)
+    assert page.index('id="rewards-start"') < page.index('id="rewards-end"') < page.index("More curves")
+    for damaged in ({"": 3}, [1], {"eval_": {"start": {}}}, {"": {"start": {"step": "x"}}}):
+        assert read_run(folder(tmp_path / "b", rewards=damaged)).rewards == {}
+
+
+def test_nothing_is_ranked_before_the_first_update(tmp_path: Path):
+    zero = {"rewards/accuracies": 0.0, "rewards/margins": 0.0, "rewards/accuracies/a": 0.0, "rewards/margins/a": 0.0,
+            "rewards/accuracies/b": 0.0, "rewards/margins/b": 0.0, "lengths/accuracy_chosen_longer": 0.0}  # fmt: skip
+    held_out = {f"eval_{name}": value for name, value in zero.items()}
+    lines = [{"step": 0, "eval_loss": 0.6931, **held_out}, {"step": 1, "loss": 0.6931, **zero}]
+    (tmp_path / LOG).write_text("".join(map(log_text, lines)), encoding="utf-8")
+    run = read_run(tmp_path)
+    page = body(written([run], tmp_path))
+    assert "accuracy, " not in page
+    assert "ranked right" not in page
+    assert not re.findall(r'id="(accuracy|sources|length_accuracy)"', page)
+    run.history.add({"step": 2, "rewards/accuracies": 0.0, "rewards/margins": -0.1})
+    assert ranked(run.history, "rewards/accuracies").tail(5) == [(2, 0.0)]
+
+
+def test_runs_are_compared_over_beta_and_seen_where_they_coincide(tmp_path: Path):
+    runs = [read_run(folder(tmp_path / name)) for name in "ab"]
+    page = written(runs, tmp_path)
+    assert '<figure id="all-nats-rewards-margins"' in page
+    row = re.search(r'<th scope="row">margin/β, held out, nats</th>(.*?)</tr>', page).group(1)
+    shown = re.findall(r"<td[^>]*>([^<]+)</td>", row)
+    assert float(shown[0]) == pytest.approx(10 * runs[0].history["eval_rewards/margins"].values[-1], rel=0.01)
+    chart = next(
+        chart for chart in comparison({"a": runs[0].history, "b": runs[1].history}) if chart.key == "all-loss-loss"
+    )
+    first, second = draw(chart, LIGHT).axes[0].get_lines()[:2]
+    assert first.get_linewidth() > 2 * second.get_linewidth()
+
+
+def test_answers_are_one_card_per_prompt_latest_first_with_the_users_turn(tmp_path: Path):
+    path = folder(tmp_path)
+    turn = {"Why?": "<|user|>\nWhy?<|end|>\n<|assistant|>", "How?": "<|user|>\nHow?<|end|>\n<|assistant|>"}
+    rows = [
+        {"step": step, "prompt": prompt, "question": question, "reference": None,
+         "policy": {"text": f"{question} at {step}", "tokens": 4, "ended": True, "reward": 0.12345}}
+        for step in (10, 20) for question, prompt in turn.items()
+    ]  # fmt: skip
+    (path / SAMPLES).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    page = body(written([read_run(path)], tmp_path))
+    page = page[page.index("<h2>Answers") :]
+    assert page.count('class="card answers"') == 2
+    places = [page.index(text) for text in ("How? at 20", "How? at 10", "Why? at 20", "Why? at 10")]
+    assert places == sorted(places)
+    assert "&lt;|user|&gt;" not in page
+    assert "reward 0.123" in page
+
+
+@pytest.mark.parametrize("name", ["a $x$ b", "$\\frac{1$", "<b>&amp;", "100 %"])
+def test_names_in_charts_are_text(tmp_path: Path, name: str):
+    chart = Chart("loss", name, "", [Line(name, series([1.0, 2.0]))])
+    assert html.escape(name, quote=False) in to_svg(chart)
+    to_png(chart, tmp_path / "a.png")

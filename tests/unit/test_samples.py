@@ -22,8 +22,9 @@ from dpo_plugin.monitor.samples import (
     read_prompts,
     samples_markdown,
     samples_table,
+    user_turn,
 )
-from tests.support import tiny
+from tests.support import templates, tiny
 
 PROMPTS = [[9, 8, 7], [11, 12, 13, 14, 15, 16, 17, 18], [30], [40, 41, 42, 43]]
 STOP = 2
@@ -267,3 +268,19 @@ class TestKept:
         assert "[reward -0.250, 9 tokens]" in text
         assert "…" in text
         assert "end" in text
+
+
+def test_the_users_last_turn_is_told_apart_in_every_template_of_the_host():
+    question = "Why [so], <b>\n\nthen?"
+    for name in templates.names():
+        tokenizer = templates.tokenizer(name)
+        turns = [("user", "First?"), ("assistant", "Yes."), ("user", question)]
+        chat = [{"role": role, "content": text} for role, text in turns]
+        for history in (chat, chat[-1:]):
+            prompt = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
+            assert user_turn(prompt, tokenizer) == question, name
+
+
+def test_a_prompt_of_no_template_is_not_taken_apart(tokenizer):
+    assert user_turn("Question: why?\nAnswer:", tokenizer) is None
+    assert user_turn("Why?", object()) is None

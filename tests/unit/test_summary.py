@@ -19,6 +19,12 @@ def test_a_training_step():
     )
 
 
+def test_nothing_is_ranked_before_the_first_update():
+    line = {"loss": 0.69315, "rewards/accuracies": 0.0, "rewards/margins": 0.0}
+    assert summary(line, 1, 9) == "step 1/9  loss 0.6931  margin +0.000"
+    assert "accuracy 0.00" in summary({**line, "rewards/margins": -0.1}, 2, 9)
+
+
 @pytest.mark.parametrize(("prefix", "name"), [("eval_", "held-out"), ("eval_code_", "held-out_code")])
 def test_an_evaluation(prefix, name):
     line = {f"{prefix}loss": 0.5, f"{prefix}rewards/margins": -1.0, f"{prefix}samples_per_second": 3.0, "epoch": 1.0}

@@ -108,8 +108,10 @@ def report(runs: tuple[str, ...], out: str | None, png: str | None, as_json: boo
 
     from dpo_plugin.monitor.report import verdict, write_pngs, write_report
     from dpo_plugin.monitor.runs import read_run
+    from dpo_plugin.registry import get_registry
 
-    records = [read_run(run) for run in runs]
+    checks = get_registry().health_checks
+    records = [read_run(run, checks, checks.owner) for run in runs]
     page = write_report(records, out or Path(runs[0]) / "report.html")
     charts = write_pngs(records[0], png) if png else []
     if as_json:

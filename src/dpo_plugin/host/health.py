@@ -7,18 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from axolotl.integrations.base import PluginManager
 from transformers import TrainerCallback
 
 from dpo_plugin.config import Action
 from dpo_plugin.errors import HealthError
 from dpo_plugin.host.log import LOG
+from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.travel import whole_size
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel
 from dpo_plugin.monitor.health import HealthCheck, HealthMonitor, in_order
 from dpo_plugin.monitor.history import History
 from dpo_plugin.monitor.runs import LOG as LOG_FILE
 from dpo_plugin.monitor.runs import RUN, log_text
+from dpo_plugin.monitor.shown import shown_text
 from dpo_plugin.registry import get_registry
 from dpo_plugin.types import Finding, RunFacts
 
@@ -59,6 +62,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
             (self.folder / LOG_FILE).write_text("".join(map(log_text, state.log_history)), encoding="utf-8")
         owner = get_registry().health_checks.owner
         self.monitor = HealthMonitor({name: check for name, (check, _) in self.checks.items()}, history, owner)
+        self._write()
         self._act(self.monitor.check())
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -87,28 +91,26 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
             if self.trainer.is_world_process_zero():
                 LOG.warning(f"dpo_plugin: {finding.text()}")
         stopping = [finding for finding in found if self.checks[finding.check][1] == "stop"]
-        if found:
-            self._write()
         if stopping:
             self._finish()
             raise HealthError(
                 f"{stopping[0].text()} (the run stops because `dpo_plugin.health` says `stop` for this check)"
             )
 
-    def _write(self) -> None:
-        """Write on the main rank what the report reads beside the log."""
+    def _write(self, **more: Any) -> None:
+        """Write on the main rank what the report reads beside the log.
+
+        Findings come at the end: of a run that was killed, the report makes them from the log.
+        """
         if self.monitor is None or not self.trainer.is_world_process_zero():
             return
-        content = {
-            "facts": self.monitor.history.facts.to_dict(),
-            "config": json.loads(json.dumps(dict(PluginManager.get_instance().cfg), default=str)),
-            "findings": [finding.to_dict() for finding in self.findings],
-        }
-        (self.folder / RUN).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        content = {"facts": self.monitor.history.facts.to_dict(), "config": DPOPlugin.active().shown, **more}
+        (self.folder / RUN).write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
 
     def _finish(self) -> None:
-        """Write the report; that it fails must not cost a run that has ended well."""
-        self._write()
+        """Write the findings and the report; that it fails must not cost a run that has ended well."""
+        findings = [finding.to_dict() for finding in self.findings]
+        self._write(findings=findings, rewards=self.trainer.reward_course())
         if not self.report or not self.trainer.is_world_process_zero():
             return
         from dpo_plugin.monitor.report import write_report
@@ -123,7 +125,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
 def run_facts(trainer: Any) -> RunFacts:
     """What is known of a `PreferenceTrainer`'s run before its first step."""
     model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
-    strategy = trainer.reference.strategy
+    strategy, settings = trainer.reference.strategy, trainer._settings
     lora = model.peft_config[POLICY] if isinstance(model, PolicyReferenceModel) else None
     return RunFacts(
         beta=trainer.beta,
@@ -137,7 +139,17 @@ def run_facts(trainer: Any) -> RunFacts:
         epochs=args.num_train_epochs,
         starts_as_reference=strategy.equals_policy_at_start(),
         reference_fixed=type(strategy).fixed,
+        base=shown_text(str(model.config.name_or_path)),
+        policy=str(settings.policy.path) if settings.policy else "all weights" if lora is None else "a fresh LoRA",
+        reference=f"{settings.strategy_name} {settings.reference.path if settings.reference else ''}".strip(),
+        pairs=len(trainer.train_dataset),
+        hardware=_hardware(trainer.accelerator.num_processes),
     )
+
+
+def _hardware(processes: int) -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"{processes} × {device}"
 
 
 def _trainable_share(model: Any) -> float:

@@ -13,12 +13,17 @@ from dpo_plugin.monitor.metrics import MeanMetrics, PreferenceMetric
 from dpo_plugin.monitor.pace import Pace
 from dpo_plugin.registry import get_registry
 
+SHOWN_PAIRS = 500
+"""Most pairs whose rewards the report draws."""
+
 
 class LogsMetrics:
     """Mixin for the trainer; its ``_means`` and ``_pace`` are updated by each forward."""
 
     accelerator: Any
+    is_in_train: bool
     model: Any
+    state: Any
     _travel: Travel
 
     def _set_up_metrics(self, metrics: Mapping[str, PreferenceMetric], starts_as_reference: bool) -> None:
@@ -27,6 +32,7 @@ class LogsMetrics:
         }
         self._pace = Pace()
         self._eval_prefix = "eval"
+        self._rewards: dict[str, dict[str, tuple[int, Tensor]]] = {}
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Evaluate, with our metrics under the prefix that is asked for."""
@@ -40,11 +46,22 @@ class LogsMetrics:
         """Add our metrics, averaged over all pairs of all ranks since the last line."""
         mode = "train" if self.model.training else "eval"
         prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
-        found = self._means[mode].result(self._sum, self.accelerator.gather, self._everyones)
+        trained = self.is_in_train or self.state.global_step > 0
+        found = self._means[mode].result(self._sum, self.accelerator.gather, self._everyones, since_start=trained)
         if mode == "train" and found:
             found |= self.travelled() | self._pace.result(self._sum, self.accelerator.device)
+        if found:
+            now = self.state.global_step, self._means[mode].rewards
+            self._rewards.setdefault(prefix, {"start": now})["end"] = now
         logs.update({f"{prefix}{name}": value for name, value in found.items()})
         super().log(logs, start_time)  # type: ignore[misc]
+
+    def reward_course(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Prefix of the log's fields → ``start`` and ``end`` → the step, and rewards of at most `SHOWN_PAIRS` pairs."""
+        return {
+            prefix: {when: {"step": step, **_columns(rewards)} for when, (step, rewards) in course.items()}
+            for prefix, course in self._rewards.items()
+        }
 
     def travelled(self) -> dict[str, float]:
         """How far the trained weights have gone, and how many moved; every rank must call it."""
@@ -69,3 +86,11 @@ class LogsMetrics:
 
     def _everyones(self, value: Any) -> list[Any]:
         return list(gather_object([value]))
+
+
+def _columns(rewards: Tensor) -> dict[str, list[float]]:
+    few = rewards[:: max(1, -(-len(rewards) // SHOWN_PAIRS))].T.tolist()
+    return {
+        side: [float(f"{value:.4g}") for value in values]
+        for side, values in zip(("chosen", "rejected"), few, strict=True)
+    }

@@ -22,6 +22,7 @@ from dpo_plugin.host.parallel import offloads_to_host
 from dpo_plugin.host.raw_config import typed
 from dpo_plugin.host.settings import RunSettings, read_settings
 from dpo_plugin.model.adapters import AdapterFolder, PolicyReferenceModel
+from dpo_plugin.monitor.shown import shown_settings
 
 TRAINER = "dpo_plugin.host.trainer.PreferenceTrainer"
 
@@ -32,6 +33,7 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.settings: RunSettings | None = None
+        self.shown: dict[str, Any] = {}
 
     @staticmethod
     def active() -> DPOPlugin:
@@ -55,6 +57,7 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         """
         excepthook.install()
         self.settings = None
+        self.shown = shown_settings(cfg)  # as written, before the host adds its defaults
         command = running_command(cfg)
         if intended_rl(cfg) in ("dpo", "ipo") and command != "train":
             leave_out_engine(cfg)

@@ -16,7 +16,7 @@ from dpo_plugin.compute.head import ForwardOptions
 from dpo_plugin.compute.logps import run_model, unwrapped
 from dpo_plugin.model.adapters import PolicyReferenceModel
 from dpo_plugin.model.references import ReferenceStrategy
-from dpo_plugin.monitor.samples import Answer, Sample
+from dpo_plugin.monitor.samples import Answer, Sample, user_turn
 from dpo_plugin.types import CompletionLogps, PairBatch
 
 PROMPTS_AT_ONCE = 8
@@ -175,7 +175,8 @@ class Sampler:
         reference: list[int] | None,
     ) -> Sample:
         other = None if reference is None else self._answer(reference, rewards[1])
-        return Sample(step, self.tokenizer.decode(prompt), self._answer(policy, rewards[0]), other)
+        text = self.tokenizer.decode(prompt)
+        return Sample(step, text, self._answer(policy, rewards[0]), other, user_turn(text, self.tokenizer))
 
     def _answer(self, ids: list[int], reward: float) -> Answer:
         text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -24,6 +24,9 @@ BUCKETS = 240
 SMOOTHED_FROM = 60
 """Points from which on a running mean is drawn over the values."""
 
+BINS = 30
+"""Bars of a histogram."""
+
 Values = tuple["NDArray[Any]", "NDArray[Any]"]
 
 _COLOURS = ("--c1", "--c2", "--c3", "--c4", "--c5", "--c6")
@@ -52,12 +55,30 @@ class Line:
         series: Its values.
         held_out: Whether it comes from evaluations; drawn with dots.
         band: Series of a lower and an upper bound that is shaded, and that goes with it.
+        colour: Which of the six colours; None for that of its place in the chart.
+        layer: 0 for a single run; of several, the first is broad and those above it dashed, so that all are seen where
+            they coincide.
     """
 
     label: str
     series: Series
     held_out: bool = False
     band: tuple[Series, Series] | None = None
+    colour: int | None = None
+    layer: int = 0
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How single values lie, drawn as a histogram.
+
+    Attributes:
+        label: Its name in the legend.
+        values: The values.
+    """
+
+    label: str
+    values: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -68,19 +89,25 @@ class Chart:
         key: Its anchor in the page and its file name.
         title: A few words.
         caption: What it shows and what it should do.
-        lines: At least one, at most six.
+        lines: At most six; none in a chart of spreads.
         level: A horizontal line with its name, e.g. ln 2.
         log: Whether the vertical axis is logarithmic.
         marks: Number of a finding → its first and last step.
+        last: The last step of the run, where every chart's axis ends.
+        spreads: Histograms over one axis instead of lines over steps.
+        span: Least and greatest value on the axis of histograms that are to be compared.
     """
 
     key: str
     title: str
     caption: str
-    lines: Sequence[Line]
+    lines: Sequence[Line] = ()
     level: tuple[float, str] | None = None
     log: bool = False
     marks: Mapping[int, tuple[int, int]] | None = None
+    last: int = 0
+    spreads: Sequence[Spread] = ()
+    span: tuple[float, float] | None = None
 
 
 def thinned(series: Series, buckets: int = BUCKETS) -> Values:
@@ -125,7 +152,7 @@ def to_svg(chart: Chart) -> str:
 
     out = io.StringIO()
     # The salt keeps the ids of one chart's clip paths apart from another's in the same page.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.key}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.key, "text.parse_math": False}):
         draw(chart, {name: stand_in for stand_in, name in _STAND_INS.items()}).savefig(
             out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
         )
@@ -150,10 +177,13 @@ def _bare(svg: str, title: str) -> str:
 
 def to_png(chart: Chart, path: Any) -> None:
     """Write a chart as a PNG on white, with its title."""
-    figure = draw(chart, LIGHT)
-    figure.suptitle(chart.title, x=0.02, ha="left", fontsize=10, color=LIGHT["--ink"])
-    figure.set_size_inches(5.2, 3.2)
-    figure.savefig(path, format="png", dpi=200, facecolor="#ffffff")
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):  # a name may hold dollar signs
+        figure = draw(chart, LIGHT)
+        figure.suptitle(chart.title, x=0.02, ha="left", fontsize=10, color=LIGHT["--ink"])
+        figure.set_size_inches(5.2, 3.2)
+        figure.savefig(path, format="png", dpi=200, facecolor="#ffffff")
 
 
 def draw(chart: Chart, colours: Mapping[str, str]) -> Figure:
@@ -162,16 +192,41 @@ def draw(chart: Chart, colours: Mapping[str, str]) -> Figure:
 
     figure = Figure(figsize=(4.7, 2.7), layout="constrained")
     axes = figure.add_subplot()
-    for line, colour in zip(chart.lines, _COLOURS, strict=False):
-        _draw_line(axes, line, colours[colour])
+    for place, line in enumerate(chart.lines):
+        _draw_line(axes, line, colours[_COLOURS[(place if line.colour is None else line.colour) % len(_COLOURS)]])
+    _draw_spreads(axes, chart, colours)
     if chart.level is not None:
         axes.axhline(chart.level[0], color=colours[_INK], linewidth=0.8, linestyle=(0, (2, 3)), label=chart.level[1])
     if chart.log and any(_wide(line.series) for line in chart.lines):
         axes.set_yscale("log", nonpositive="mask")
+    elif chart.lines and (constant := _constant(chart)) is not None:
+        axes.set_ylim(*sorted((0.0, 2 * constant)) if constant else (-1.0, 1.0))
     for number, (since, last) in (chart.marks or {}).items():
         _mark(axes, number, since, last, colours[_MARK])
-    _dress(axes, colours)
+    _dress(axes, colours, "step" if chart.lines else "reward")
+    if chart.lines and chart.last:
+        axes.set_xlim(-0.02 * chart.last, 1.02 * chart.last)
     return figure
+
+
+def _draw_spreads(axes: Axes, chart: Chart, colours: Mapping[str, str]) -> None:
+    if not chart.spreads:
+        return
+    every = [value for spread in chart.spreads for value in spread.values]
+    low, high = chart.span or (min(every), max(every))
+    margin = 0.02 * (high - low) or 0.5
+    edges = np.linspace(low - margin, high + margin, BINS + 1)
+    for spread, colour in zip(chart.spreads, _COLOURS, strict=False):
+        shares, _ = np.histogram(spread.values, edges)
+        axes.stairs(shares / max(1, len(spread.values)), edges, color=colours[colour], fill=True, alpha=0.25)
+        axes.stairs(shares / max(1, len(spread.values)), edges, color=colours[colour], label=spread.label)
+
+
+def _constant(chart: Chart) -> float | None:
+    """The one value of all lines, or None; rounding is no change that an axis should magnify."""
+    values = np.concatenate([as_arrays(line.series)[1] for line in chart.lines])
+    least, greatest = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    return greatest if greatest - least <= 1e-6 * max(abs(least), abs(greatest)) else None
 
 
 def _wide(series: Series) -> bool:
@@ -181,14 +236,25 @@ def _wide(series: Series) -> bool:
     return bool(len(above)) and float(above.max()) > 100 * float(above.min())
 
 
+_LAYERS: Sequence[dict[str, Any]] = (
+    {"linewidth": 4.5, "alpha": 0.5}, {"linewidth": 1.8, "linestyle": (0, (5, 4))},
+    {"linewidth": 1.8, "linestyle": (2, (1.5, 2.5))}, {"linewidth": 1.2},
+    {"linewidth": 1.2, "linestyle": (0, (8, 2, 1, 2))}, {"linewidth": 1.2, "linestyle": (0, (3, 6))},
+)  # fmt: skip
+"""How the lines of several runs look, from the lowest up."""
+
+
 def _draw_line(axes: Axes, line: Line, colour: str) -> None:
     steps, values = thinned(line.series)
     if line.band is not None and all(map(len, line.band)):
         low, high = (smoothed(side) if len(side) > SMOOTHED_FROM else as_arrays(side) for side in line.band)
         if len(low[0]) == len(high[0]):
             axes.fill_between(low[0], low[1], high[1], color=colour, alpha=0.14, linewidth=0, label="p10 to p90")
-    if line.held_out:
-        axes.plot(steps, values, color=colour, linewidth=1.2, marker="o", markersize=3.2, label=line.label)
+    if line.held_out or line.layer:
+        dots = {"marker": "o", "markersize": 3.2} if line.held_out else {}
+        looks = _LAYERS[(line.layer - 1) % len(_LAYERS)] if line.layer else {"linewidth": 1.2}
+        shown = (steps, values) if line.held_out or len(line.series) <= SMOOTHED_FROM else smoothed(line.series)
+        axes.plot(*shown, color=colour, label=line.label, **{**dots, **looks})
         return
     many = len(line.series) > SMOOTHED_FROM
     axes.plot(steps, values, color=colour, linewidth=0.6 if many else 1.4, alpha=0.35 if many else 1.0,
@@ -205,7 +271,7 @@ def _mark(axes: Axes, number: int, since: int, last: int, colour: str) -> None:
                   textcoords="offset points", color=colour, fontweight="bold")  # fmt: skip
 
 
-def _dress(axes: Axes, colours: Mapping[str, str]) -> None:
+def _dress(axes: Axes, colours: Mapping[str, str], unit: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for side in ("top", "right", "left"):
@@ -215,7 +281,8 @@ def _dress(axes: Axes, colours: Mapping[str, str]) -> None:
     axes.set_axisbelow(True)
     axes.tick_params(colors=colours[_INK], labelsize=9.5, length=0)
     axes.tick_params(which="minor", labelleft=False, length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=unit == "step"))
+    axes.set_xlabel(unit, color=colours[_INK], fontsize=9.5, labelpad=1)
     axes.margins(x=0.02)
     labels = [text for text in axes.get_legend_handles_labels()[1] if text]
     if labels:

@@ -12,7 +12,7 @@ FIELDS: dict[str, str] = {
     "rewards/chosen": "β times the log-ratio of policy and reference on the preferred answer. Should rise, or hold.",
     "rewards/rejected": "β times the log-ratio on the rejected answer. Should fall below the reward of chosen.",
     "rewards/accuracies": "Share of pairs whose preferred answer has the higher reward. Should rise well above 0.5; at "
-    "step 0 it is 0, both rewards being 0.",
+    "step 0 nothing is ranked, both rewards being 0.",
     "rewards/margins": "Reward of chosen minus reward of rejected. Starts at 0 and should rise.",
     "rewards/margins_p10": "Margin that a tenth of the pairs stay below. Should follow the mean upwards in the end.",
     "rewards/margins_p50": "Margin of the pair in the middle. Should rise with the mean; if not, few pairs carry it.",

@@ -132,8 +132,25 @@ class HealthMonitor:
         )
 
 
+def switched_on(checks: Mapping[str, HealthCheck], config: Mapping[str, Any]) -> dict[str, HealthCheck]:
+    """The checks without those that ``dpo_plugin.health`` in a run's config switches off.
+
+    A damaged section switches nothing off.
+    """
+    section = config.get("dpo_plugin")
+    health = section.get("health") if isinstance(section, Mapping) else None
+    actions = health.get("checks") if isinstance(health, Mapping) else None
+    default = health.get("action") if isinstance(health, Mapping) else None
+    single = actions if isinstance(actions, Mapping) else {}
+    return {name: check for name, check in checks.items() if single.get(name, default) not in ("off", False)}
+
+
 def replay(
-    checks: Mapping[str, HealthCheck], history: History, lines: Sequence[Mapping[str, Any]], stops: int = 200
+    checks: Mapping[str, HealthCheck],
+    history: History,
+    lines: Sequence[Mapping[str, Any]],
+    owner: Callable[[str], str] = lambda _: "dpo_plugin",
+    stops: int = 200,
 ) -> list[Finding]:
     """Run the checks on a finished run as they would have seen it, at evenly spaced lines.
 
@@ -141,12 +158,13 @@ def replay(
         checks: Name → health check.
         history: Without lines; takes in all of them.
         lines: All logged lines.
+        owner: As in `HealthMonitor`.
         stops: How often the checks are run; more find a passing fault with more certainty.
 
     Returns:
         The findings, worst and earliest first.
     """
-    monitor = HealthMonitor(checks, history)
+    monitor = HealthMonitor(checks, history, owner)
     every = max(1, len(lines) // stops)
     for number, line in enumerate(lines, 1):
         history.add(line)

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from dpo_plugin.compute.logps import sum_dtype
 from dpo_plugin.errors import DPOPluginError
-from dpo_plugin.monitor.tallies import SUMS, MarginSample, SourceTally, length_figures, pair_sums
+from dpo_plugin.monitor.tallies import (
+    SUMS,
+    RewardSample,
+    SourceTally,
+    length_figures,
+    margin_percentiles,
+    pair_sums,
+)
 from dpo_plugin.types import PairLogps
 
 PreferenceMetric = Callable[[PairLogps], Tensor | None]
@@ -101,6 +108,7 @@ class MeanMetrics:
     Attributes:
         start: Mean log-prob per token of chosen and rejected, in nats, that stands for step 0; kept by a caller that
             resumes.
+        rewards: Rewards of chosen and rejected of single pairs of all ranks, (pairs, 2), as of the last `result`.
     """
 
     def __init__(
@@ -111,6 +119,7 @@ class MeanMetrics:
     ):
         self.metrics = dict(metrics)
         self.start: tuple[float, float] | None = None
+        self.rewards = torch.empty(0, 2)
         self._owner = owner
         self._starts_as_reference = starts_as_reference
         self._device = torch.device("cpu")
@@ -120,7 +129,7 @@ class MeanMetrics:
         self._sums: Tensor | None = None
         self._counts = [0] * len(self.metrics)
         self._pairs = 0
-        self._margins = MarginSample()
+        self._sample = RewardSample()
         self._sources = SourceTally()
 
     @torch.no_grad()
@@ -140,9 +149,9 @@ class MeanMetrics:
         pairs = len(logps.policy_chosen_logps)
         self._counts = [count + (value is not None) * pairs for count, value in zip(self._counts, values, strict=True)]
         self._pairs += pairs
-        margins = margin(logps).detach()
-        self._margins.add(margins)
-        self._sources.add(logps.sources, margins)
+        rewards = torch.stack([logps.chosen_rewards, logps.rejected_rewards], dim=1).detach()
+        self._sample.add(rewards)
+        self._sources.add(logps.sources, rewards[:, 0] - rewards[:, 1])
 
     def _value(self, name: str, logps: PairLogps) -> Tensor | None:
         pairs = logps.policy_chosen_logps.shape
@@ -169,6 +178,7 @@ class MeanMetrics:
         reduce: Callable[[Tensor], Tensor],
         gather: Callable[[Tensor], Tensor] = lambda values: values,
         gather_object: Callable[[Any], list[Any]] = lambda value: [value],
+        since_start: bool = True,
     ) -> dict[str, float]:
         """Metrics over all ranks, and start anew. Every rank must call it; what is left out on one is on all.
 
@@ -176,6 +186,7 @@ class MeanMetrics:
             reduce: Sums a 1-d tensor over ranks, on whatever device it comes; called once.
             gather: Concatenates 1-d tensors of equal size over ranks; called once if any rank has a pair.
             gather_object: Returns the list of every rank's object; called once if there is more than one source.
+            since_start: Whether there is a step 0 to measure from; an evaluation without training has none.
 
         Returns:
             Name → value; empty if no rank has seen a pair since the last call.
@@ -188,8 +199,9 @@ class MeanMetrics:
         sums = dict(zip(SUMS, rest[6:], strict=True))
         means = zip(names, total[: len(names)], total[len(names) : 2 * len(names)], strict=True)
         found = {name: value / count for name, value, count in means if count}
-        found |= {"rewards/count": pairs, **self._margins.percentiles(kept, self._device, gather)}
-        found |= {**length_figures(sums, pairs), **self._displacement(sums, pairs)}
+        self.rewards = self._sample.gathered(kept, self._device, gather)
+        found |= {"rewards/count": pairs, **margin_percentiles(self.rewards)}
+        found |= {**length_figures(sums, pairs), **(self._displacement(sums, pairs) if since_start else {})}
         if SourceTally.several(marks):
             found |= self._sources.figures(gather_object)
         self._clear()
@@ -200,7 +212,7 @@ class MeanMetrics:
         size, dtype = len(self.metrics), sum_dtype(self._device)
         empty = torch.zeros(size + len(SUMS), dtype=dtype, device=self._device)
         sums = empty if self._sums is None else self._sums
-        counted = [*self._counts, self._pairs, self._margins.kept, *self._sources.fingerprint()]
+        counted = [*self._counts, self._pairs, self._sample.kept, *self._sources.fingerprint()]
         middle = torch.tensor(counted, dtype=dtype, device=self._device)
         values: list[float] = reduce(torch.cat([sums[:size], middle, sums[size:]])).tolist()
         return values

@@ -1,11 +1,18 @@
-"""The parts of a report page that know nothing of runs: style, the PNG button, tables, numbers."""
+"""The parts of a report page that know nothing of runs: style, the PNG button, the template's engine, numbers."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from dpo_plugin.monitor.charts import DARK, LIGHT
 
@@ -31,7 +38,9 @@ figure{{margin:0}} .card+.card{{margin-top:10px}} .tiles .card,ol.findings .card
 .verdict.warning{{border-left-color:var(--warn)}}
 .verdict strong{{font-size:1.15rem}}
 .tiles{{display:grid;grid-template-columns:repeat(auto-fit,minmax(118px,1fr));gap:10px;margin:12px 0}}
-.tiles small{{display:block;line-height:1.3}} .tiles b{{display:block;font-size:1.15rem;font-weight:600}}
+.tiles small{{display:block;line-height:1.3}}
+.tiles b{{display:block;font-size:1.15rem;font-weight:600;white-space:nowrap}}
+.about{{display:flex;flex-wrap:wrap;gap:2px 18px;margin:.2em 0 .8em;overflow-wrap:anywhere}}
 .charts{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:12px}}
 figure{{display:flex;flex-direction:column;gap:4px;scroll-margin-top:8px}}
 figure header{{display:flex;justify-content:space-between;align-items:center;gap:8px}}
@@ -46,8 +55,9 @@ ol.findings li{{border-left:4px solid var(--warn)}} ol.findings li.error{{border
 details{{margin:12px 0}} summary{{cursor:pointer;font-weight:600}} details>*:not(summary){{margin-top:10px}}
 .wide{{overflow-x:auto}} table{{border-collapse:collapse;width:100%;font-size:.88rem}}
 th,td{{text-align:left;vertical-align:top;padding:5px 14px 5px 0;border-bottom:1px solid var(--grid)}}
-th{{font-weight:500}} td.n{{font-variant-numeric:tabular-nums;white-space:nowrap}}
-td.long{{min-width:200px;white-space:pre-wrap}}
+th{{font-weight:500;overflow-wrap:anywhere;min-width:100px}} td{{overflow-wrap:anywhere;min-width:84px}}
+td.n{{font-variant-numeric:tabular-nums;white-space:nowrap}}
+.answers details{{padding:0;border:0;margin:10px 0 0}}
 footer{{margin:24px 0;font-size:.85rem;color:var(--ink2)}}
 @media print{{button{{display:none}} figure,li{{break-inside:avoid}}}}
 """
@@ -74,47 +84,59 @@ for (const button of document.querySelectorAll("figure button")) button.onclick 
 """
 
 
-def page(title: str, body: str) -> str:
-    """A whole HTML page that needs no network."""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>{body}<script>{SCRIPT}</script></body></html>\n"
+_SCRIPT_HASH = "sha256-" + base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+"""The page's own script is the only one that a browser may run."""
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
+    environment.filters |= {"number": number, "percent": percent, "shown": shown, "prose": prose, "sentence": sentence}
+    return environment
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]], long: Sequence[int] = ()) -> str:
-    """A table that scrolls sideways where the screen is narrow.
+def page(**content: Any) -> str:
+    """A whole HTML page that needs no network; every value is escaped but `Markup`.
 
     Args:
-        head: Column names.
-        rows: Cells; numbers are shortened, everything is escaped.
-        long: Columns with running text, which keep its line breaks.
+        content: What report.html.jinja names.
     """
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(_cell(cell, at in long) for at, cell in enumerate(row)) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    constants = {"style": Markup(STYLE), "script": Markup(SCRIPT), "script_hash": _SCRIPT_HASH}
+    return _environment().get_template("report.html.jinja").render(**constants, **content) + "\n"
 
 
-def _cell(value: Any, long: bool) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return f'<td class="n">{number(value)}</td>'
-    kind = ' class="long"' if long else ""
-    return f"<td{kind}>{escape('' if value is None else str(value))}</td>"
-
-
-def prose(text: str) -> str:
+def prose(text: str) -> Markup:
     """A sentence as HTML; what stands between backticks is code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def sentence(text: str) -> str:
+    """With a capital and a full stop."""
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def number(value: float | None) -> str:
-    """A number in four digits; an empty place for None."""
+    """A number in three digits, whole ones with all of theirs; an empty place for None."""
     if value is None:
         return "–"
-    if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15):
-        return f"{int(value):,}"
-    return f"{value:.4g}".replace("-", "−")
+    if isinstance(value, int) or (math.isfinite(value) and value.is_integer() and abs(value) < 1e15):
+        return f"{int(value):,}".replace("-", "−")
+    shown = f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.3g}"
+    return shown.replace("-", "−")
+
+
+def percent(share: float | None) -> str:
+    """A share in three digits."""
+    return "–" if share is None else f"{100 * share:.3g}%"
+
+
+def shown(value: Any, name: str) -> str:
+    """A value under its name: accuracies as a share of a hundred, other numbers in three digits, text as it is."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return percent(value) if "accurac" in name else number(value)
+    return "–" if value is None else str(value)
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dpo_plugin.monitor.charts import Chart, Line
 from dpo_plugin.monitor.fields import explain
 from dpo_plugin.monitor.history import History, Series
+from dpo_plugin.monitor.spreads import Rewards, reward_charts
 from dpo_plugin.types import Finding
 
 MOST_LINES = 6
 """Curves in a chart; there are as many colours."""
+
+FIRST = ("loss", "accuracy", "margin", "rewards")
+"""Panels that are seen at once; the rest is folded."""
 
 OTHER_CHARTS = 12
 """Most charts of fields that no panel knows."""
@@ -46,8 +52,8 @@ PANELS = (
     ),
     Panel(
         "accuracy", "Accuracy", "Share of pairs whose preferred answer has the higher reward. Should rise well above "
-        "one half, also on held-out pairs; at step 0 it is 0, both rewards being 0.",
-        {"rewards/accuracies": "training", "eval_rewards/accuracies": "held out"}, (0.5, "coin"),
+        "one half, also on held-out pairs. At step 0 nothing is ranked, both rewards being 0.",
+        {"rewards/accuracies": "training", "eval_rewards/accuracies": "held out"}, (0.5, "chance"),
     ),
     Panel(
         "margin", "Margin", "Reward of chosen minus reward of rejected, with the range from the 10th to the 90th "
@@ -57,22 +63,31 @@ PANELS = (
     Panel(
         "rewards", "Rewards", "β times the log-ratio of policy and reference. Chosen should end above rejected, best "
         "without falling below 0.",
-        {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}, (0.0, ""),
+        {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "eval_rewards/chosen": "chosen, held out",
+         "eval_rewards/rejected": "rejected, held out"}, (0.0, ""),
     ),
     Panel(
         "displacement", "Log-probability against step 0", "Change in nats per token. Rejected should fall, chosen stay "
         "near 0; at −0.7 every token of chosen is half as likely as it was.",
         {"logps/chosen_displacement": "chosen", "logps/rejected_displacement": "rejected",
-         "eval_logps/chosen_displacement": "chosen, held out"}, (0.0, ""),
+         "eval_logps/chosen_displacement": "chosen, held out",
+         "eval_logps/rejected_displacement": "rejected, held out"}, (0.0, ""),
     ),
     Panel(
         "logps", "Log-probability of the answers", "Of the whole answer in nats; it jumps with the lengths of the "
         "pairs. Chosen should not sink for long.",
-        {"logps/chosen": "chosen", "logps/rejected": "rejected"},
+        {"logps/chosen": "chosen", "logps/rejected": "rejected", "eval_logps/chosen": "chosen, held out",
+         "eval_logps/rejected": "rejected, held out"},
+    ),
+    Panel(
+        "logits", "Logits", "Mean logit over vocabulary and the tokens of the answer. Should drift slowly, and "
+        "the same way on both sides.",
+        {"logits/chosen": "chosen", "logits/rejected": "rejected", "eval_logits/chosen": "chosen, held out",
+         "eval_logits/rejected": "rejected, held out"},
     ),
     Panel(
         "sources", "Accuracy by source", "The accuracy of each source alone. All should rise; one that stays behind "
-        "may have other labels, or too few pairs.", {}, (0.5, "coin"),
+        "may have other labels, or too few pairs.", {}, (0.5, "chance"),
     ),
     Panel(
         "gradient", "Gradient norm", "Before clipping. Should stay within a few times its first values; 0 means that "
@@ -99,7 +114,7 @@ PANELS = (
         "length_accuracy", "Accuracy by length", "Where chosen is the longer and where it is the shorter answer. Both "
         "should rise.",
         {"lengths/accuracy_chosen_longer": "chosen longer", "lengths/accuracy_chosen_shorter": "chosen shorter"},
-        (0.5, "coin"),
+        (0.5, "chance"),
     ),
     Panel(
         "per_token", "Margin per token", "In nats, before β. Should rise; if only the margin above rises, length is "
@@ -132,7 +147,7 @@ MARKED_ON = {
 """Check → panel; another's is marked where one of its finding's numbers is drawn, or else on the loss."""
 
 
-def charts(history: History, findings: Sequence[Finding]) -> Iterator[Chart]:
+def charts(history: History, findings: Sequence[Finding], rewards: Rewards | None = None) -> Iterator[Chart]:
     """The charts of one run, each with the findings that it shows, numbered from 1 in their order."""
     drawn: dict[str, list[Line]] = {}
     for panel in PANELS:
@@ -143,33 +158,78 @@ def charts(history: History, findings: Sequence[Finding]) -> Iterator[Chart]:
     marks: dict[str, dict[int, tuple[int, int]]] = {}
     for number, finding in enumerate(findings, 1):
         marks.setdefault(_panel_of(finding, drawn), {})[number] = finding.since, finding.last
+    last = history.step
     for panel in PANELS:
         if panel.key in drawn:
             level = (0.6931, "ln 2") if panel.key == "loss" and _starts_at_ln2(history) else panel.level
-            yield Chart(panel.key, panel.title, panel.caption, drawn[panel.key], level, panel.log, marks.get(panel.key))
+            yield Chart(
+                panel.key, panel.title, panel.caption, drawn[panel.key], level, panel.log, marks.get(panel.key), last
+            )
+        if panel.key == "rewards":
+            yield from reward_charts(rewards or {})
     for name in others[:OTHER_CHARTS]:
         caption = explain(name) or "Logged by another package or trainer."
-        yield Chart(f"field-{name.replace('/', '-')}", name, caption, [Line(name, history[name])])
+        yield Chart(f"field-{name.replace('/', '-')}", name, caption, [Line(name, history[name])], last=last)
 
 
-def comparison(histories: Mapping[str, History]) -> Iterator[Chart]:
-    """The same measure of several runs in one chart; held-out where every run has it, at most `MOST_LINES` runs."""
-    shown = dict(list(histories.items())[:MOST_LINES])
+def comparison(runs: Mapping[str, History]) -> Iterator[Chart]:
+    """The same measure of several runs in one chart; at most `MOST_LINES` runs."""
+    shown = dict(list(runs.items())[:MOST_LINES])
+    last = max(run.step for run in shown.values())
     for panel in PANELS:
         for field in panel.fields:
-            lines = [Line(name, run[field], field.startswith("eval_")) for name, run in shown.items() if field in run]
+            lines = [
+                Line(name, ranked(run, field), field.startswith("eval_"), layer=layer)
+                for layer, (name, run) in enumerate(shown.items(), 1)
+                if len(ranked(run, field))
+            ]
             if lines:
                 title = panel.title if len(panel.fields) == 1 else f"{panel.title}: {panel.fields[field]}"
                 key = f"all-{panel.key}-{field.replace('/', '-')}"
-                yield Chart(key, title, explain(field), lines, panel.level, panel.log)
+                yield Chart(key, title, explain(field), lines, panel.level, panel.log, last=last)
+                if panel.key == "margin":
+                    yield from _over_beta(shown, field, title, last)
+
+
+def _over_beta(runs: Mapping[str, History], field: str, title: str, last: int) -> Iterator[Chart]:
+    """The margin over β, in nats: what runs of another β can be compared by."""
+    lines = []
+    for layer, (name, run) in enumerate(runs.items(), 1):
+        if field in run and run.facts.beta:
+            scaled = Series()
+            scaled.steps, scaled.values = run[field].steps, array("d", (v / run.facts.beta for v in run[field].values))
+            lines.append(Line(name, scaled, field.startswith("eval_"), layer=layer))
+    if lines:
+        caption = "The margin before β, in nats, which runs of another β can be compared by."
+        key = f"all-nats-{field.replace('/', '-')}"
+        yield Chart(key, title.replace("Margin", "Margin/β"), caption, lines, (0.0, ""), last=last)
+
+
+def ranked(history: History, name: str) -> Series:
+    """A series; of an accuracy, without the lines before the first update: all margins are 0 there, none is ranked."""
+    series = history[name]
+    if "/accurac" not in name:
+        return series
+    before = name.partition("lengths/")[0]
+    margins = history[name.replace("accuracies", "margins") if "accuracies" in name else f"{before}rewards/margins"]
+    if not len(margins):
+        return series
+    first = next((step for step, margin in zip(margins.steps, margins.values, strict=True) if margin), history.step + 1)
+    skip = bisect_left(series.steps, first)
+    left = Series()
+    left.steps, left.values = series.steps[skip:], series.values[skip:]
+    return left
 
 
 def _lines(history: History, fields: Mapping[str, str]) -> list[Line]:
+    """Curves of fields; a held-out one has the colour of its training one where there are several of each."""
     lines = []
+    kinds = list(dict.fromkeys(name.removeprefix("eval_") for name in fields))
     for name, label in fields.items():
-        if name in history:
+        if len(series := ranked(history, name)):
             band = (history[f"{name}_p10"], history[f"{name}_p90"]) if name == "rewards/margins" else None
-            lines.append(Line(label, history[name], name.startswith("eval_"), band))
+            colour = kinds.index(name.removeprefix("eval_")) if len(kinds) > 1 else None
+            lines.append(Line(label, series, name.startswith("eval_"), band, colour))
     return lines
 
 
@@ -180,7 +240,7 @@ def _source_lines(history: History) -> list[Line]:
         names = [name for name in history.names() if name.startswith(group) and len(history[name]) >= enough]
         if names:
             kept = sorted(names, key=lambda name: -_pairs(history[name.replace("accuracies", "count")]))[:MOST_LINES]
-            return [Line(name.removeprefix(group), history[name], bool(prefix)) for name in sorted(kept)]
+            return [Line(name.removeprefix(group), ranked(history, name), bool(prefix)) for name in sorted(kept)]
     return []
 
 

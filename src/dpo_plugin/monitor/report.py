@@ -6,25 +6,18 @@ The page is a single file without network access; charts are SVG, readable at 36
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from dpo_plugin.errors import DataError
+from dpo_plugin.monitor import sections
 from dpo_plugin.monitor.charts import Chart, to_png, to_svg
 from dpo_plugin.monitor.history import History
-from dpo_plugin.monitor.page import number, page, prose, table
-from dpo_plugin.monitor.panels import charts, comparison
+from dpo_plugin.monitor.page import number, page, percent
+from dpo_plugin.monitor.panels import FIRST, charts, comparison, ranked
 from dpo_plugin.monitor.runs import RunRecord
-from dpo_plugin.monitor.sections import (
-    answers_section,
-    data_section,
-    fields_section,
-    last,
-    settings_of,
-    settings_section,
-)
-from dpo_plugin.types import Finding
 
 
 def write_report(runs: Sequence[RunRecord], path: str | Path) -> Path:
@@ -40,12 +33,20 @@ def write_report(runs: Sequence[RunRecord], path: str | Path) -> Path:
     if not runs:
         raise DataError("a report needs a run. Write: axolotl dpo report <output_dir>")
     if len(runs) == 1:
-        title, body = f"DPO run {runs[0].name}", _one(runs[0])
+        content = {"title": f"DPO run {runs[0].name}", "runs": [_shown(runs[0], runs[0].name)]}
+        drawn = list(charts(runs[0].history, runs[0].findings, runs[0].rewards))
+        first = [*FIRST, "rewards-start", "rewards-end"]
     else:
-        title, body = f"{len(runs)} DPO runs", _several(_named_apart(runs))
+        named = _named_apart(runs)
+        content = _several(named)
+        drawn = list(comparison({name: run.history for name, run in named.items()}))
+        first = [chart.key for chart in drawn if chart.key.startswith(tuple(f"all-{key}-" for key in (*FIRST, "nats")))]
+    figures = [_figure(chart) for chart in drawn]
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page(title, body), encoding="utf-8")
+    seen = [figure for figure in figures if figure["key"] in first]
+    folded = [figure for figure in figures if figure["key"] not in first]
+    target.write_text(page(**content, charts=seen, more=folded), encoding="utf-8")
     return target
 
 
@@ -54,7 +55,7 @@ def write_pngs(run: RunRecord, folder: str | Path) -> list[Path]:
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     written = []
-    for chart in charts(run.history, run.findings):
+    for chart in charts(run.history, run.findings, run.rewards):
         to_png(chart, target / f"{chart.key}.png")
         written.append(target / f"{chart.key}.png")
     return written
@@ -88,13 +89,13 @@ def _it(count: int) -> str:
 def _course(history: History) -> str:
     """What the run did, in a sentence or two."""
     parts = []
-    loss, accuracy = history["loss"], history["eval_rewards/accuracies"]
+    loss, accuracy = history["loss"], ranked(history, "eval_rewards/accuracies")
     if len(loss):
         parts.append(f"The loss went from {number(loss.values[0])} to {number(loss.values[-1])}")
     if len(accuracy):
         count = history["eval_rewards/count"].tail(1)
         of = f" of {number(count[0][1])} held-out pairs" if count else " of the held-out pairs"
-        parts.append(f"{accuracy.values[-1]:.0%}{of} are ranked right")
+        parts.append(f"{percent(accuracy.values[-1])}{of} are ranked right")
     sentence = " and ".join(parts) + "." if parts else ""
     planned = history.facts.planned_steps
     if planned and history.step < planned:
@@ -113,83 +114,38 @@ _TILES = {
 }
 
 
-def _tiles(history: History) -> str:
-    values = {label: last(history, name) for name, label in _TILES.items() if name in history}
-    shown = {"steps": history.step, **values}
-    return (
-        '<div class="tiles">'
-        + "".join(
-            f'<div class="card"><b>{number(value)}</b><small>{label}</small></div>' for label, value in shown.items()
-        )
-        + "</div>"
-    )
+# ── what the template shows ──
 
 
-def _verdict_card(run: RunRecord) -> str:
+def _shown(run: RunRecord, name: str) -> dict[str, Any]:
     level, sentence = verdict(run)
-    notes = "".join(f'<p class="quiet">{escape(note)}</p>' for note in run.notes)
-    course = escape(_course(run.history))
-    return f'<div class="card verdict {level}"><strong>{escape(sentence)}</strong><p>{course}</p>{notes}</div>'
+    prompts = sections.prompts(run.samples)
+    return {
+        "name": name,
+        "about": sections.about(run),
+        "level": level,
+        "sentence": sentence,
+        "course": _course(run.history),
+        "notes": run.notes,
+        "tiles": [("steps", run.history.step), *_tiles(run.history).items()],
+        "findings": run.findings,
+        "fields": sections.fields(run.history),
+        "audits": [sections.data_set(audit) for audit in run.history.audits],
+        "prompts": prompts[: sections.PROMPTS_SHOWN],
+        "prompts_left": len(prompts[sections.PROMPTS_SHOWN :]),
+        "settings": sections.settings_of(run),
+        "read": run.read,
+    }
 
 
-def _findings(findings: Sequence[Finding]) -> str:
-    return (
-        f'<ol class="findings">{"".join(_finding(n, one) for n, one in enumerate(findings, 1))}</ol>'
-        if findings
-        else ""
-    )
+def _tiles(history: History) -> dict[str, float | None]:
+    values = {label: sections.last(history, name) for name, label in _TILES.items()}
+    return {label: value for label, value in values.items() if value is not None}
 
 
-def _finding(count: int, finding: Finding) -> str:
-    advice, _, write = finding.advice.rpartition("Write: ")
-    steps = f"step {number(finding.since)}" + (f" to {number(finding.last)}" if finding.last > finding.since else "")
-    line = f'<code class="write">{escape(write)}</code>' if write else ""
-    numbers = ", ".join(f"{name} {number(value)}" for name, value in finding.numbers.items())
-    what = f'<span class="number">{count}</span><b>{prose(_sentence(finding.what))}</b>'
-    return (
-        f'<li class="card {finding.severity}">{what} '
-        f"<small>{escape(finding.check)} · {finding.severity} · {steps} · {escape(numbers)}</small>"
-        f"<p>{prose(advice.strip() or finding.advice)}</p>{line}</li>"
-    )
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
-
-
-# ── sections ──
-
-
-def _one(run: RunRecord) -> str:
-    return f"<h1>{escape(run.name)}</h1>{_verdict_card(run)}{_tiles(run.history)}{_findings(run.findings)}" + _details(
-        run, _figures(charts(run.history, run.findings))
-    )
-
-
-def _details(run: RunRecord, drawn: str) -> str:
-    parts = [
-        f"<h2>Curves</h2>{drawn}" if drawn else "",
-        f"<details><summary>All fields</summary>{fields_section(run.history)}</details>",
-        data_section(run.history.audits),
-        answers_section(run.samples),
-        settings_section(run),
-        f"<footer>Read from {escape(run.read)}. Thin lines are single log lines, thick ones a running mean, dots are "
-        "evaluations. Numbered red lines mark findings, from the first step to the last at which they held.</footer>",
-    ]
-    return "".join(parts)
-
-
-def _figures(drawn: Any) -> str:
-    figures = "".join(_figure(chart) for chart in drawn)
-    return f'<div class="charts">{figures}</div>' if figures else ""
-
-
-def _figure(chart: Chart) -> str:
-    head = f"<header><h3>{escape(chart.title)}</h3><button>PNG</button></header>"
-    return (
-        f'<figure id="{escape(chart.key, quote=True)}">{head}'
-        f"{to_svg(chart)}<figcaption>{escape(chart.caption)}</figcaption></figure>"
-    )
+def _figure(chart: Chart) -> dict[str, Any]:
+    svg = Markup(to_svg(chart))  # matplotlib escapes what it writes
+    return {"key": chart.key, "title": chart.title, "caption": chart.caption, "svg": svg, "marked": bool(chart.marks)}
 
 
 # ── several runs ──
@@ -203,33 +159,30 @@ def _named_apart(runs: Sequence[RunRecord]) -> dict[str, RunRecord]:
     return named
 
 
-def _several(runs: Mapping[str, RunRecord]) -> str:
-    rows: list[Sequence[Any]] = [
-        ("verdict", *(verdict(run)[1] for run in runs.values())),
-        ("steps", *(run.history.step for run in runs.values())),
+def _several(runs: Mapping[str, RunRecord]) -> dict[str, Any]:
+    rows: list[tuple[str, list[Any]]] = [
+        ("verdict", [verdict(run)[1] for run in runs.values()]),
+        ("steps", [run.history.step for run in runs.values()]),
     ]
-    rows += [(label, *(last(run.history, name) for run in runs.values())) for name, label in _TILES.items()]
-    drawn = _figures(comparison({name: run.history for name, run in runs.items()}))
-    each = "".join(
-        f"<details><summary>{escape(name)}</summary>{_verdict_card(run)}{_findings(run.findings)}"
-        f"{_details(run, '')}</details>"
-        for name, run in runs.items()
-    )
-    return (
-        f"<h1>{len(runs)} runs</h1><div class='card'>{table(('', *runs), rows)}</div>{_differences(runs)}"
-        f"<h2>Curves</h2>{drawn}<h2>Each run</h2>{each}"
-    )
+    for name, label in {**_TILES, **_NATS}.items():
+        over = [run.history.facts.beta if name in _NATS else 1.0 for run in runs.values()]
+        values = [sections.last(run.history, name.removesuffix("/β")) for run in runs.values()]
+        rows.append((label, [v / b if v is not None and b else None for v, b in zip(values, over, strict=True)]))
+    return {
+        "title": f"{len(runs)} runs",
+        "runs": [_shown(run, name) for name, run in runs.items()],
+        "rows": [(label, cells) for label, cells in rows if any(cell is not None for cell in cells)],
+        "differences": _differences(runs),
+    }
 
 
-def _differences(runs: Mapping[str, RunRecord]) -> str:
+_NATS = {"rewards/margins/β": "margin/β, training, nats", "eval_rewards/margins/β": "margin/β, held out, nats"}
+"""Rows of the comparison that do not depend on β."""
+
+
+def _differences(runs: Mapping[str, RunRecord]) -> list[tuple[str, list[str]]]:
     """The settings that are not the same in all runs."""
-    settings = [settings_of(run) for run in runs.values()]
+    settings = [sections.settings_of(run) for run in runs.values()]
     names = sorted({name for one in settings for name in one})
-    rows = [
-        (name, *(one.get(name, "") for one in settings))
-        for name in names
-        if len({one.get(name) for one in settings}) > 1
-    ]
-    if not rows:
-        return ""
-    return f"<h2>Settings that differ</h2><div class='card'>{table(('setting', *runs), rows)}</div>"
+    rows = [(name, [one.get(name, "–") for one in settings]) for name in names]
+    return [(name, cells) for name, cells in rows if len(set(cells)) > 1]

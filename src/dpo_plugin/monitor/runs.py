@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +16,10 @@ from typing import Any
 
 from dpo_plugin.errors import DataError
 from dpo_plugin.monitor.checks import CHECKS
-from dpo_plugin.monitor.health import HealthCheck, replay
+from dpo_plugin.monitor.health import HealthCheck, replay, switched_on
 from dpo_plugin.monitor.history import History
+from dpo_plugin.monitor.shown import shown_settings
+from dpo_plugin.monitor.spreads import read_rewards
 from dpo_plugin.types import Finding, RunFacts
 
 LOG = "dpo_log.jsonl"
@@ -45,6 +47,7 @@ class RunRecord:
         findings: What the health checks found, errors first.
         config: The run's settings, flat or nested, for reading.
         samples: Rows with ``prompt``, ``policy`` and ``reference``, and whatever else is to be shown.
+        rewards: As `dpo_plugin.monitor.spreads.reward_charts` takes them.
         read: The file that the log comes from.
         notes: What was missing or damaged, in sentences.
     """
@@ -56,20 +59,27 @@ class RunRecord:
     samples: Sequence[Mapping[str, Any]] = ()
     read: str = ""
     notes: list[str] = field(default_factory=list)
+    rewards: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_run(output_dir: str | Path, checks: Mapping[str, HealthCheck] = CHECKS) -> RunRecord:
+def read_run(
+    output_dir: str | Path,
+    checks: Mapping[str, HealthCheck] = CHECKS,
+    owner: Callable[[str], str] = lambda _: "dpo_plugin",
+) -> RunRecord:
     """Read a run's output folder.
 
     Args:
         output_dir: With ``dpo_log.jsonl``, or with a ``trainer_state.json`` in it or in a checkpoint.
-        checks: Health checks that are run on the log if no findings were written.
+        checks: Health checks that are run on the log if no findings were written; not those that the run's config has
+            switched off.
+        owner: Name of a check → who registered it, for the finding about a check that fails.
 
     Raises:
         DataError: If there is no log, or nothing can be read of it.
     """
     with _without_collector():
-        return _read_run(Path(output_dir), checks)
+        return _read_run(Path(output_dir), checks, owner)
 
 
 @contextmanager
@@ -84,7 +94,7 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _read_run(folder: Path, checks: Mapping[str, HealthCheck]) -> RunRecord:
+def _read_run(folder: Path, checks: Mapping[str, HealthCheck], owner: Callable[[str], str]) -> RunRecord:
     notes: list[str] = []
     if not folder.is_dir():
         raise DataError(f"`{folder}` is not a folder. Write the `output_dir` of a run: axolotl dpo report <output_dir>")
@@ -98,13 +108,16 @@ def _read_run(folder: Path, checks: Mapping[str, HealthCheck]) -> RunRecord:
     try:
         findings = [Finding.from_dict(found) for found in run["findings"]]
     except (KeyError, TypeError, AttributeError):  # none were written, or not by us
-        findings = replay(checks, history, lines)
+        findings = replay(switched_on(checks, _mapping(run.get("config"))), history, lines, owner)
     else:
         for line in lines:
             history.add(line)
     _say_what_is_missing(history, notes)
+    config = shown_settings(_mapping(run.get("config")))  # an older file has all of them
     samples = [row for row in _read_lines(folder / SAMPLES, notes) if "prompt" in row]
-    return RunRecord(folder.resolve().name, history, findings, _mapping(run.get("config")), samples, read, notes)
+    return RunRecord(
+        folder.resolve().name, history, findings, config, samples, read, notes, read_rewards(run.get("rewards"))
+    )
 
 
 def _mapping(value: Any) -> dict[str, Any]:

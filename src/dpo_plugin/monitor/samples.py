@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,12 +122,14 @@ class Sample:
         prompt: The prompt as the model reads it, special tokens included.
         policy: The policy's answer.
         reference: The reference's answer, or None if the reference strategy has no model that could answer.
+        question: The user's last turn alone, or None where the chat template does not tell it apart.
     """
 
     step: int | None
     prompt: str
     policy: Answer
     reference: Answer | None
+    question: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -173,6 +176,31 @@ def samples_markdown(samples: Sequence[Sample]) -> str:
 
     table = [COLUMNS, ["---"] * len(COLUMNS), *([cell(value) for value in sample.row()] for sample in samples)]
     return "\n".join(f"| {' | '.join(line)} |" for line in table)
+
+
+def user_turn(prompt: str, tokenizer: Any) -> str | None:
+    """The user's last turn of a rendered prompt, found between what the chat template writes around such a turn.
+
+    Args:
+        prompt: The prompt as the model reads it.
+        tokenizer: Has the chat template.
+
+    Returns:
+        None if there is no template, or the prompt does not end as one of the template.
+    """
+    one, other, next_one = "\x00one\x00", "\x00other\x00", "\x00next\x00"
+    user, assistant = {"role": "user", "content": one}, {"role": "assistant", "content": other}
+    try:
+        first = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+        later = tokenizer.apply_chat_template([user, assistant, {**user, "content": next_one}], tokenize=False)
+        before, after = first.split(one)
+        between = later.split(other)[1].split(next_one)[0]
+    except Exception:  # a template is a program of others, and this is for the eye alone
+        return None
+    opening = os.path.commonprefix([before[::-1], between[::-1]])[::-1]
+    if not opening or not after or opening not in prompt or not prompt.endswith(after):
+        return None
+    return prompt.removesuffix(after).rpartition(opening)[2].strip()
 
 
 def append_samples(file: Path, samples: Sequence[Sample]) -> None:

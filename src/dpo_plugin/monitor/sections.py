@@ -1,104 +1,104 @@
-"""Sections of a report below its curves: fields, data, answers, settings."""
+"""What a report says of a run besides its curves, as plain values for the page's template."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from dpo_plugin.monitor.fields import explain
 from dpo_plugin.monitor.history import History
-from dpo_plugin.monitor.page import flat, number, table
+from dpo_plugin.monitor.page import flat, number, shown
+from dpo_plugin.monitor.panels import ranked
 from dpo_plugin.monitor.runs import RunRecord
+from dpo_plugin.monitor.shown import shown_text
+from dpo_plugin.monitor.summary import duration
 
-SAMPLES_SHOWN = 30
+PROMPTS_SHOWN = 30
 
 
 def last(history: History, name: str) -> float | None:
-    """The last logged value of a field."""
-    tail = history[name].tail(1)
+    """The last logged value of a field; of an accuracy, after the first update."""
+    tail = ranked(history, name).tail(1)
     return tail[0][1] if tail else None
 
 
-def fields_section(history: History) -> str:
+def about(run: RunRecord) -> dict[str, str]:
+    """What was trained against what, on what and for how long."""
+    facts, runtime = run.history.facts, last(run.history, "train_runtime")
+    found = {
+        "base": facts.base or run.config.get("base_model"),
+        "adapter": facts.policy or run.config.get("lora_model_dir"),
+        "reference": facts.reference,
+        "β": facts.beta,
+        "rate": run.history.rate() or None,
+        "pairs": facts.pairs,
+        "duration": None if runtime is None else duration(runtime),
+        "hardware": facts.hardware,
+    }
+    return {name: shown_text(shown(value, name)) for name, value in found.items() if value is not None}
+
+
+def fields(history: History) -> list[dict[str, str]]:
     """Every logged field with its last values and what it means."""
-    names = sorted({name.removeprefix("eval_") for name in history.names()})
-    return f'<div class="sides">{"".join(_field(history, name) for name in names)}</div>'
+    return [_field(history, name) for name in sorted({name.removeprefix("eval_") for name in history.names()})]
 
 
-def _field(history: History, name: str) -> str:
+def _field(history: History, name: str) -> dict[str, str]:
     values = {"": last(history, name), "held out ": last(history, f"eval_{name}")}
-    shown = ", ".join(f"{which}{number(value)}" for which, value in values.items() if value is not None)
-    sentence = explain(name) or explain(f"eval_{name}")
-    return f"<p><code>{escape(name)}</code> <b>{shown}</b><br><small>{escape(sentence)}</small></p>"
+    written = ", ".join(f"{which}{shown(value, name)}" for which, value in values.items() if value is not None)
+    return {"name": name, "figures": written, "sentence": explain(name) or explain(f"eval_{name}")}
 
 
-def data_section(audits: Sequence[Mapping[str, Any]]) -> str:
-    """The data audit."""
-    return "<h2>Data</h2>" + "".join(map(_data_set, audits)) if audits else ""
-
-
-def _data_set(audit: Mapping[str, Any]) -> str:
+def data_set(audit: Mapping[str, Any]) -> dict[str, Any]:
     """What became of the rows of a data set, how long its pairs are, and where they come from."""
-    where = f"{audit.get('where', '')} {audit.get('path', '')}".strip()
-    left_out = ", ".join(f"{reason} {count:,}" for reason, count in (audit.get("left_out") or {}).items()) or "none"
-    counts = f"{number(audit.get('read'))} rows read, {number(audit.get('kept'))} pairs kept, "
-    parts = [
-        f"<h3>{escape(where)}</h3><p>{counts}{number(audit.get('cut'))} of them cut. Left out: {escape(left_out)}."
-    ]
-    lengths = audit.get("lengths") or {}
-    if "chosen_minus_rejected" in lengths:
-        parts.append(
-            f" Chosen is longer in {lengths.get('chosen_longer', 0):.0%} of the pairs, by "
-            f"{number(lengths['chosen_minus_rejected'])} tokens on average over all."
-        )
+    lengths, sources = audit.get("lengths") or {}, audit.get("by_source") or {}
     sides = [name for name in ("prompt", "chosen", "rejected") if name in lengths]
-    shares = {"median": "p50", "95 %": "p95", "longest": "max"}
-    rows = [(side, *(lengths[side].get(share) for share in shares.values())) for side in sides]
-    tables = [table(("tokens of", *shares), rows)] if rows else []
-    sources = audit.get("by_source") or {}
-    if len(sources) > 1:
-        kept = [(name or "(none)", found.get("kept", 0)) for name, found in sources.items()]
-        tables.append(table(("source", "pairs kept"), kept))
-    return f'<div class="card">{"".join(parts)}</p><div class="sides">{"".join(tables)}</div></div>'
+    left_out = (audit.get("left_out") or {}).items()
+    return {
+        "where": shown_text(f"{audit.get('where', '')} {audit.get('path', '')}".strip()),
+        **{name: audit.get(name) for name in ("read", "kept", "cut")},
+        "left_out": ", ".join(f"{reason} {number(count)}" for reason, count in left_out),
+        "longer": lengths.get("chosen_longer"),
+        "by": lengths.get("chosen_minus_rejected"),
+        "lengths": [(side, [lengths[side].get(share) for share in ("p50", "p95", "max")]) for side in sides],
+        "sources": [(name or "(none)", [found.get("kept", 0)]) for name, found in sources.items()]
+        if len(sources) > 1
+        else [],
+    }
 
 
-def answers_section(samples: Sequence[Mapping[str, Any]]) -> str:
-    """Answers of policy and reference to the same prompts."""
-    if not samples:
-        return ""
-    shown = "".join(map(_sample, samples[-SAMPLES_SHOWN:]))
-    more = f'<p class="quiet">The last {SAMPLES_SHOWN} of {len(samples)}.</p>' if len(samples) > SAMPLES_SHOWN else ""
-    return f"<h2>Answers</h2>{shown}{more}"
+def prompts(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Prompts by their last answer, the latest first, each with its answers, the latest first."""
+    found: dict[str, dict[str, Any]] = {}
+    for sample in samples:
+        user = _user(sample)
+        given = [
+            (name, _plain(value))
+            for name, value in sample.items()
+            if name not in ("prompt", "question", "step") and value is not None
+        ]
+        answers = found.pop(user, {"answers": []})["answers"]
+        found[user] = {"user": user, "answers": [(sample.get("step"), given), *answers]}
+    return list(found.values())[::-1]
 
 
-def _sample(sample: Mapping[str, Any]) -> str:
-    """A prompt over the answers to it, side by side where there is room."""
-    prompt = f'<small>prompt</small><div class="said">{escape(_plain(sample.get("prompt")))}</div>'
-    answers = "".join(
-        f'<div><small>{escape(name)}</small><div class="said">{escape(_plain(value))}</div></div>'
-        for name, value in sample.items()
-        if name != "prompt" and value is not None
-    )
-    return f'<div class="card">{prompt}<div class="sides">{answers}</div></div>'
+def _user(sample: Mapping[str, Any]) -> str:
+    """The user's last turn; where it is not known, the whole prompt."""
+    prompt = sample.get("question") or sample.get("prompt")
+    if isinstance(prompt, list) and all(isinstance(turn, Mapping) for turn in prompt):
+        turns = [str(turn.get("content", "")) for turn in prompt if turn.get("role") == "user"]
+        return turns[-1] if turns else str(prompt)
+    return str(prompt)
 
 
 def _plain(value: Any) -> str:
-    """Messages as text, one line per turn; an answer as its text and reward; numbers in four digits."""
+    """An answer as its text and reward; numbers in three digits."""
     if isinstance(value, Mapping) and "text" in value:
         reward = value.get("reward")
         return f"{value['text']}" + (f"\n\nreward {number(reward)}" if isinstance(reward, float) else "")
-    if isinstance(value, list) and all(isinstance(turn, Mapping) for turn in value):
-        return "\n".join(f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in value)
     return number(value) if isinstance(value, float) else str(value)
 
 
 def settings_of(run: RunRecord) -> dict[str, str]:
     """The run's config, or where it was not written what else is known of its settings."""
     return flat(run.config) or flat(run.history.facts.to_dict())
-
-
-def settings_section(run: RunRecord) -> str:
-    """The run's settings, folded."""
-    rows = "".join(f"<p><code>{escape(name)}</code> {escape(value)}</p>" for name, value in settings_of(run).items())
-    return f'<details><summary>Settings</summary><div class="sides">{rows}</div></details>'

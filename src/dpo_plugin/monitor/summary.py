@@ -37,7 +37,12 @@ def summary(line: Mapping[str, Any], step: int, steps: int, time: str = "") -> s
     prefix = next(
         (name.removesuffix("loss") for name in line if name.startswith("eval_") and name.endswith("loss")), ""
     )
-    shown = [text.format(line[prefix + name]) for name, text in SHOWN.items() if prefix + name in line]
+    unranked = {"rewards/accuracies"} if line.get(f"{prefix}rewards/margins") == 0 else set()  # before the first update
+    shown = [
+        text.format(line[prefix + name])
+        for name, text in SHOWN.items()
+        if prefix + name in line and name not in unranked
+    ]
     if not shown:
         return ""
     held_out = [prefix.replace("eval", "held-out", 1).rstrip("_")] if prefix else []

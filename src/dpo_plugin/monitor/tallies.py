@@ -13,8 +13,8 @@ from torch import Tensor
 from dpo_plugin.compute.logps import sum_dtype
 from dpo_plugin.types import PairLogps
 
-MARGINS_KEPT = 4096
-"""Most margins that a rank keeps between two log lines."""
+PAIRS_KEPT = 4096
+"""Most pairs whose rewards a rank keeps between two log lines."""
 
 SOURCES_LOGGED = 20
 """Most sources that get fields of their own; the smaller ones are summed up."""
@@ -72,47 +72,49 @@ def length_figures(sums: Mapping[str, float], pairs: float) -> dict[str, float]:
     return found
 
 
-class MarginSample:
-    """Margins of single pairs, at most `MARGINS_KEPT`: all, then every second, then every fourth, and so on."""
+class RewardSample:
+    """Rewards of single pairs, at most `PAIRS_KEPT`: all, then every second, then every fourth, and so on."""
 
     def __init__(self) -> None:
         self.kept = 0
         self._parts: list[Tensor] = []
         self._stride = 1
-        self._next = 0  # index of the next margin to keep, counted from the beginning of the next batch
+        self._next = 0  # index of the next pair to keep, counted from the beginning of the next batch
 
-    def add(self, margins: Tensor) -> None:
-        """Add margins, (pairs,)."""
-        picked = margins[self._next :: self._stride]
-        self._next += len(picked) * self._stride - len(margins)
+    def add(self, rewards: Tensor) -> None:
+        """Add rewards of chosen and rejected, (pairs, 2)."""
+        picked = rewards[self._next :: self._stride]
+        self._next += len(picked) * self._stride - len(rewards)
         self._parts.append(picked)
         self.kept += len(picked)
-        while self.kept > MARGINS_KEPT:
+        while self.kept > PAIRS_KEPT:
             self._next += self._stride * (self.kept % 2)
             self._stride *= 2
             self._parts = [torch.cat(self._parts)[::2]]
             self.kept = len(self._parts[0])
 
-    def percentiles(
-        self, kept_on_all: int, device: torch.device, gather: Callable[[Tensor], Tensor]
-    ) -> dict[str, float]:
-        """The 10th, 50th and 90th percentile over all ranks.
+    def gathered(self, kept_on_all: int, device: torch.device, gather: Callable[[Tensor], Tensor]) -> Tensor:
+        """Rewards of chosen and rejected of the kept pairs of all ranks, (kept, 2).
 
         Args:
             kept_on_all: Sum of `kept` over ranks; each rank pads to as many, since `gather` wants equal sizes.
             device: Where to pad, on a rank that has none.
-            gather: Concatenates tensors of equal size over ranks.
+            gather: Concatenates 1-d tensors of equal size over ranks.
         """
-        size = min(MARGINS_KEPT, kept_on_all)
-        margins = torch.full((size,), math.nan, device=device)
+        rewards = torch.full((min(PAIRS_KEPT, kept_on_all), 2), math.nan, device=device)
         if self._parts:
-            margins[: self.kept] = torch.cat(self._parts).float()
-        every = gather(margins)
-        every = every[~every.isnan()]
-        if not len(every):
-            return {}
-        levels = torch.quantile(every, torch.tensor([0.1, 0.5, 0.9], device=every.device)).tolist()
-        return {f"rewards/margins_p{share}": level for share, level in zip((10, 50, 90), levels, strict=True)}
+            rewards[: self.kept] = torch.cat(self._parts).float()
+        every = gather(rewards.flatten()).view(-1, 2)
+        return every[~every.isnan().any(dim=1)]
+
+
+def margin_percentiles(rewards: Tensor) -> dict[str, float]:
+    """The 10th, 50th and 90th percentile of the margin over rewards of chosen and rejected, (pairs, 2)."""
+    if not len(rewards):
+        return {}
+    shares = torch.tensor([0.1, 0.5, 0.9], device=rewards.device)
+    levels = torch.quantile(rewards[:, 0] - rewards[:, 1], shares).tolist()
+    return {f"rewards/margins_p{share}": level for share, level in zip((10, 50, 90), levels, strict=True)}
 
 
 class SourceTally:
