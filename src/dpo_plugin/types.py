@@ -262,11 +262,15 @@ class Finding:
         """A finding as it was written to JSON; keys of another version are passed over.
 
         Raises:
-            TypeError: If ``what`` or ``advice`` is missing.
+            TypeError: If ``what`` or ``advice`` is missing, or a field is of another kind.
         """
         known = {entry.name for entry in fields(cls)}
         found = cls(**{key: value for key, value in values.items() if key in known})
-        return found if found.severity in get_args(Severity) else replace(found, severity="warning")
+        texts = all(isinstance(text, str) for text in (found.what, found.advice, found.check))
+        steps = all(type(step) is int for step in (found.since, found.last))
+        if not (texts and steps and isinstance(found.numbers, Mapping) and found.severity in get_args(Severity)):
+            raise TypeError("this is no finding of ours")
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""

@@ -195,7 +195,15 @@ def test_damaged_files_beside_the_log_are_said(tmp_path: Path):
     assert run.notes[0] == "data_audit.json is cut or damaged and was left out."
 
 
-@pytest.mark.parametrize("run", [{"findings": [{"odd": 1}]}, {"findings": 3, "facts": [], "config": "x"}, {}])
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"findings": [{"odd": 1}]},
+        {"findings": [{"what": "a", "advice": "b", "since": "c"}]},
+        {"findings": 3, "facts": [], "config": "x"},
+        {},
+    ],
+)
 def test_a_settings_file_of_another_make_is_passed_over(tmp_path: Path, run: Any):
     path = folder(tmp_path, "diverged")
     (path / RUN).write_text(json.dumps(run), encoding="utf-8")
@@ -435,7 +443,9 @@ def test_paths_are_shown_as_they_are(path: str):
 def test_no_field_of_a_finding_is_markup(tmp_path: Path, name: str):
     evil = '"><script>alert(1)</script>'
     finding = Finding("it is odd", "Look. Write: a: b").to_dict() | {name: evil, "numbers": {evil: 1.0}}
-    page = written([read_run(folder(tmp_path, findings=[finding]))], tmp_path)
+    path = folder(tmp_path, findings=[finding])
+    (path / "data_audit.json").write_text(json.dumps({"datasets": [{"where": evil, "kept": evil, "cut": None}]}))
+    page = written([read_run(path)], tmp_path)
     assert page.count("<script>") == 1
     assert "alert(1)" not in page.replace("&#34;&gt;&lt;script&gt;alert(1)&lt;/script&gt;", "")
 
@@ -555,7 +565,7 @@ def test_reading_needs_no_torch_model_and_no_host():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.451867, "0.452"), (-3.0449, "−3.04"), (1234.56, "1,235"), (2e-05, "2e−05"), (0.1, "0.1"), (264, "264"),
+    [(0.451867, "0.452"), (-3.0449, "−3.04"), (1234.56, "1,235"), (999.7, "1,000"), (999.4, "999"), (2e-05, "2e−05"), (0.1, "0.1"), (264, "264"),
      (100_000, "100,000"), (-12, "−12"), (1e300, "1e+300"), (math.nan, "nan"), (None, "–")],
 )  # fmt: skip
 def test_numbers_have_three_digits(value: Any, text: str):

@@ -117,19 +117,19 @@ def sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def number(value: float | None) -> str:
-    """A number in three digits, whole ones with all of theirs; an empty place for None."""
-    if value is None:
-        return "–"
+def number(value: Any) -> str:
+    """A number in three digits, whole ones with all of theirs; an empty place for None; other values as they are."""
+    if not isinstance(value, (int, float)):
+        return "–" if value is None else str(value)
     if isinstance(value, int) or (math.isfinite(value) and value.is_integer() and abs(value) < 1e15):
         return f"{int(value):,}".replace("-", "−")
-    shown = f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.3g}"
-    return shown.replace("-", "−")
+    text = f"{value:,.0f}" if 999.5 <= abs(value) < 1e15 else f"{value:.3g}"
+    return text.replace("-", "−")
 
 
-def percent(share: float | None) -> str:
-    """A share in three digits."""
-    return "–" if share is None else f"{100 * share:.3g}%"
+def percent(share: Any) -> str:
+    """A share in three digits; what is no number as it is."""
+    return f"{100 * share:.3g}%" if isinstance(share, (int, float)) else number(share)
 
 
 def shown(value: Any, name: str) -> str:
