@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := true
 help:
 	@echo "make demo    train a tiny model with SFT, then DPO, and show what changed (under 10 minutes)"
 	@echo "make test    lint, types and tests (about 12 minutes)"
-	@echo "make test-ranks  the 72B recipes on two processes (about 15 minutes)"
+	@echo "make test-ranks  the 72B recipes on two processes (about 20 minutes)"
 	@echo "make unit    the fast tests alone"
 	@echo "make bench   speed and memory against stock (about 30 minutes; an idle machine)"
 	@echo "make clean   remove .venv and outputs"

@@ -56,4 +56,4 @@ def test_zero3_in_bf16_sees_far_positions_as_one_process_does(positional, tmp_pa
         assert run.returncode == 0, run.error()
         logps.append([run.lines[0][f"logps/{side}_per_token"] for side in ("chosen", "rejected")])
     print(f"\nnats per token of one process {logps[0]}, of ZeRO-3 {logps[1]}")
-    assert logps[1] == pytest.approx(logps[0], abs=2e-2)
+    assert logps[1] == pytest.approx(logps[0], abs=5e-3)
