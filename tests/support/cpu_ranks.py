@@ -89,17 +89,21 @@ def patch_axolotl() -> None:
 
 
 def patch_deepspeed() -> None:
-    """Gather parameters one by one.
+    """Gather parameters one by one, and without autograd.
 
     DeepSpeed 0.18.9 starts the gathers of several parameters and waits for the last (zero/partition_parameters.py:1983).
-    NCCL completes them in order; gloo does not, and a late one overwrites what has been loaded meanwhile.
+    NCCL completes them in order; gloo does not, and a late one overwrites what has been loaded meanwhile. Its ZeRO-2
+    gathers updated weights under autograd (zero/stage_1_and_2.py:2205), of which gloo splits the output.
     """
+    import torch
+    from deepspeed.runtime.zero import stage_1_and_2
     from deepspeed.runtime.zero.partition_parameters import Init
 
     def one_by_one(self: Any, parameters: list[Any], hierarchy: Any = 0, quantize: bool = False) -> None:
         self._allgather_params_sequential(parameters, hierarchy)
 
     Init._allgather_params_coalesced = one_by_one
+    stage_1_and_2.all_gather_dp_groups = torch.no_grad()(stage_1_and_2.all_gather_dp_groups)
 
 
 def allow_bf16(put: Put = setattr) -> None:
