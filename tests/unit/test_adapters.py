@@ -221,8 +221,10 @@ class TestInits:
         [("corda", "for_weight_conversion"), ("lora_ga", "for_weight_conversion"), ("loftq", "merge_and_unload")],
     )
     def test_one_that_cannot_be_made_here(self, sft_dir, tmp_path, init, way_out):
+        loftq = {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}} if init == "loftq" else {}
+        folder = copy_adapter(sft_dir, tmp_path, init_lora_weights=init, **loftq)
         with pytest.raises(AdapterError, match=rf"init_lora_weights: {init}.*{way_out}.*Write: "):
-            AdapterFolder.open(copy_adapter(sft_dir, tmp_path, init_lora_weights=init), "lora_model_dir")
+            AdapterFolder.open(folder, "lora_model_dir")
 
     @pytest.mark.parametrize("init", ["pissa", "olora"])
     def test_a_fresh_one_would_not_have_the_base_as_reference(self, base_dir, init):
