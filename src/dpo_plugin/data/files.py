@@ -234,7 +234,7 @@ def _python_rows(batch: pa.RecordBatch) -> list[Any]:
 
 def without_nulls(value: Any) -> Any:
     """A row of a table as JSON has it: a table's columns and structs give every row every key, null if it had none."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 

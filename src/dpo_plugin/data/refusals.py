@@ -24,7 +24,7 @@ def refuse_special_tokens(pair: PreferencePair, control_token: re.Pattern[str]) 
         for message in (*pair.prompt, *pair.chosen, *pair.rejected)
     ]
     for name, value in (*given, ("`tools`", pair.tools), ("`chat_template_kwargs`", pair.template_kwargs)):
-        if found := next(filter(None, map(control_token.search, _strings(value))), None):
+        if found := control_token.search("\0".join(_strings(value))):
             raise RowError(f"{name} contains the special token {found[0]!r}", SPECIAL)
 
 
@@ -55,7 +55,7 @@ def said_before(messages: Sequence[Message], tools: Sequence[Any] | None) -> Ite
 def answered(messages: Sequence[Message]) -> Iterator[str]:
     """What a completion must show: its messages, and of the last one also the thinking."""
     yield from said_before(messages, None)
-    yield from _THINKING.split(messages[-1]["content"])
+    yield from _THINKING.split(messages[-1]["content"])[:-1]
     yield messages[-1].get("reasoning_content") or ""
 
 
@@ -83,7 +83,9 @@ def _names(tools: Sequence[Any] | None) -> Iterator[str]:
 
 def _strings(value: Any) -> Iterator[str]:
     """Every text in nested lists and mappings, keys included; other values as Python writes them."""
-    if isinstance(value, Mapping):
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
         for key, item in value.items():
             yield str(key)
             yield from _strings(item)

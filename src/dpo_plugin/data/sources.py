@@ -12,7 +12,6 @@ from typing import Any
 
 import datasets
 from datasets import Dataset, DatasetDict, Features, ReadInstruction, Value, load_from_disk
-from datasets.packaged_modules.csv.csv import Csv
 
 from dpo_plugin.data import files as file_readers
 from dpo_plugin.data.files import Row, without_nulls
@@ -154,7 +153,7 @@ def _folder(path: Path, entry: Mapping[str, Any], digest: str) -> Dataset:
 def _loaded(digest: str, path: str, split: str | None = None, **arguments: Any) -> Any:
     """`datasets.load_dataset` with a cache of its own for each content, and CSV as it is written.
 
-    Its cache knows a file by path, time and size, so an overwritten file whose time was kept would give the rows that
+    Its cache knows a local file by path and time, so an overwritten file whose time was kept would give the rows that
     it had before (datasets 4.8, data_files.py, `_get_single_origin_metadata`).
     """
     cache = str(Path(datasets.config.HF_DATASETS_CACHE) / "dpo_plugin" / digest[:24])
@@ -172,7 +171,7 @@ def as_written(data: Any, load: Callable[..., Any]) -> Any:
         load: Loads it with further arguments of `datasets.load_dataset`.
     """
     part = next(iter(data.values())) if isinstance(data, DatasetDict) else data
-    if part.info.builder_name != Csv.__module__.rpartition(".")[2]:
+    if part.info.builder_name != "csv":
         return data
     text = Features({name: Value("string") for name in part.column_names})
     return load(features=text, keep_default_na=False)
