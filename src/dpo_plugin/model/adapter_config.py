@@ -53,7 +53,7 @@ class _LoraSettings(BaseModel):
     lora_dropout: Annotated[StrictFloat, Field(ge=0, le=1)] = 0.0
     use_rslora: StrictBool = False
     use_dora: StrictBool = False
-    fan_in_fan_out: StrictBool = False
+    fan_in_fan_out: StrictBool | None = False  # axolotl 0.19 writes null (loaders/adapter.py:195)
     lora_bias: StrictBool = False
     layers_to_transform: list[StrictInt] | StrictInt | None = None
     layers_pattern: _Names = None
