@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from dpo_plugin.config import Action
 from dpo_plugin.errors import HealthError
-from dpo_plugin.host.log import LOG
+from dpo_plugin.host.log import LOG, may_fail
 from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.travel import whole_size
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel
@@ -58,8 +58,9 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         for line in state.log_history:
             history.add(line)
         if self.trainer.is_world_process_zero():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / LOG_FILE).write_text("".join(map(log_text, state.log_history)), encoding="utf-8")
+            with may_fail(self.folder / LOG_FILE):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / LOG_FILE).write_text("".join(map(log_text, state.log_history)), encoding="utf-8")
         owner = get_registry().health_checks.owner
         self.monitor = HealthMonitor({name: check for name, (check, _) in self.checks.items()}, history, owner)
         self._write()
@@ -73,7 +74,8 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         """
         if self.monitor is not None and state.log_history:
             if self.trainer.is_world_process_zero():
-                with (self.folder / LOG_FILE).open("a", encoding="utf-8") as log:
+                file = self.folder / LOG_FILE
+                with may_fail(file), file.open("a", encoding="utf-8") as log:
                     log.write(log_text(state.log_history[-1]))
             self._act(self.monitor.add(state.log_history[-1]))
 
@@ -105,7 +107,8 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         if self.monitor is None or not self.trainer.is_world_process_zero():
             return
         content = {"facts": self.monitor.history.facts.to_dict(), "config": DPOPlugin.active().shown, **more}
-        (self.folder / RUN).write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+        with may_fail(self.folder / RUN):
+            (self.folder / RUN).write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
 
     def _finish(self) -> None:
         """Write the findings and the report; that it fails must not cost a run that has ended well."""

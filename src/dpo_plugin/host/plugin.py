@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from axolotl.common.datasets import TrainDatasetMeta
@@ -16,6 +17,7 @@ from dpo_plugin.host import datasets as host_datasets
 from dpo_plugin.host import excepthook
 from dpo_plugin.host.command import intended_rl, leave_out_engine, running_command, use_trained_adapter
 from dpo_plugin.host.distributed import accept_fsdp2_with_nf4, reference_digest, refuse_moving_reference
+from dpo_plugin.host.lock import hold, release
 from dpo_plugin.host.log import LOG, ignore_deprecated_collectives
 from dpo_plugin.host.merge import complete_merges
 from dpo_plugin.host.parallel import offloads_to_host
@@ -118,7 +120,14 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         """Prepare the data if all of it comes in our formats; otherwise leave it to the host."""
         if self.settings is None:
             return None
+        if not preprocess:
+            hold(Path(cfg.output_dir))
         return host_datasets.load_datasets(cfg, self.settings)
+
+    def post_train_unload(self, cfg: Any) -> None:
+        """Let another run have the output folder."""
+        if self.settings is not None:
+            release(Path(cfg.output_dir))
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Give the adapters back the values that they were attached with."""

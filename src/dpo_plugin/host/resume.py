@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import rotate_checkpoints
 
 from dpo_plugin.host.checkpoints import Origin, checkpoint_to_resume, file_digests, write_marker
+from dpo_plugin.host.saving import saving
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel, adapter_facts, adapter_tensors
 
 REFERENCE_STATE = "reference_state.safetensors"
@@ -70,20 +71,30 @@ class ResumesWhole:
         super()._run_epoch(**kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the policy, and beside it what it was trained with."""
-        super().save_model(output_dir, _internal_call=_internal_call)  # type: ignore[misc]
-        if not self.args.should_save:
-            return
+        """Save the policy, and beside it what it was trained with.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+        """
         folder = Path(output_dir or self.args.output_dir)
-        write_marker(folder, self.origin)
-        if _internal_call and (state := self.reference.strategy.state()):
-            save_file(state, folder / REFERENCE_STATE)
+        with saving(folder, self.state.global_step):
+            super().save_model(output_dir, _internal_call=_internal_call)  # type: ignore[misc]
+            if not self.args.should_save:
+                return
+            write_marker(folder, self.origin)
+            if _internal_call and (state := self.reference.strategy.state()):
+                save_file(state, folder / REFERENCE_STATE)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save a checkpoint, last of all the digests of its files; older ones go only then."""
+        """Save a checkpoint, last of all the digests of its files; older ones go only then.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+        """
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            with saving(Path(self.args.output_dir), self.state.global_step):
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()

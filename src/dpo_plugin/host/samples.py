@@ -14,6 +14,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 from dpo_plugin.config import SamplesConfig
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.host.engine import named_datasets
+from dpo_plugin.host.log import may_fail
 from dpo_plugin.host.prompts import KEY, check_rendered_as_trained, refusal, render_prompt
 from dpo_plugin.monitor.answers import AnswerOptions, Sampler
 from dpo_plugin.monitor.runs import SAMPLES
@@ -105,7 +106,8 @@ class SamplesCallback(TrainerCallback):  # type: ignore[misc]
         self._last = state.global_step
         self._prompts = prompt_ids(trainer, self.settings, trainer._settings.datasets)
         if state.is_world_process_zero:
-            keep_until(Path(args.output_dir) / SAMPLES, state.global_step)
+            with may_fail(Path(args.output_dir) / SAMPLES):
+                keep_until(Path(args.output_dir) / SAMPLES, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take samples if they are due; the last before trackers close."""
@@ -126,7 +128,9 @@ class SamplesCallback(TrainerCallback):  # type: ignore[misc]
         sampler = make_sampler(trainer, self.settings, seed=args.seed + state.global_step)
         with trainer.accelerator.autocast():
             samples = sampler(trainer.model, self._prompts, state.global_step)
-        append_samples(Path(args.output_dir) / SAMPLES, samples)
+        file = Path(args.output_dir) / SAMPLES
+        with may_fail(file):
+            append_samples(file, samples)
         Console().print(samples_table(samples, f"dpo_plugin: samples at step {state.global_step}"))
         send_to_trackers(trainer.callback_handler.callbacks, samples, state.global_step)
 

@@ -44,6 +44,7 @@ from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.progress import Progress
 from dpo_plugin.host.resume import ResumesWhole
 from dpo_plugin.host.samples import SamplesCallback
+from dpo_plugin.host.saving import saving
 from dpo_plugin.host.store import base_identity, open_store, rounding
 from dpo_plugin.host.travel import Travel
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel, attach
@@ -338,6 +339,7 @@ def save_policy_instead_of_base(base: nn.Module, policy: PolicyReferenceModel) -
     """
 
     def save_pretrained(save_directory: str, *_: Any, **__: Any) -> None:
-        policy.save_pretrained(save_directory)
+        with saving(Path(save_directory)):
+            policy.save_pretrained(save_directory)
 
     base.save_pretrained = save_pretrained  # type: ignore[assignment]
