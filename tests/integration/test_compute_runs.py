@@ -183,7 +183,9 @@ def test_a_log_prob_that_is_not_finite_stops_the_run_and_names_the_row(tmp_path)
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     rows = [*ROWS[:9], chat_row("A question?", "ZZ! 77 %% mouse", "A house.", "animals")]
     with pytest.raises(
-        NotFiniteError, match=r"log-probability of chosen is nan at step \d+, for row 10 of the training .*'animals'"
+        NotFiniteError,
+        match=r"log-probability of chosen is nan at step \d+, for row 10 of the training .*'animals'\. 192 of \d+ values "
+        r"of the base model's .*embed_tokens.weight are not finite, so it is the base model and not the row\. Write: base_m",
     ):
         host.train(config(base, None, tmp_path, rows=rows, lora_model_dir=None, max_steps=6), tmp_path)
 

@@ -1,6 +1,7 @@
 """Attaching, switching and saving two adapters, with PEFT as oracle."""
 
 import json
+import math
 import time
 
 import pytest
@@ -8,12 +9,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 
 from dpo_plugin.compute.batching import PairCollator, to_pair_batch
 from dpo_plugin.compute.logps import run_model
 from dpo_plugin.errors import AdapterError, ConfigError
 from dpo_plugin.model.adapters import POLICY, REFERENCE, AdapterFolder, adapter_digest, adapter_tensors, attach
+from dpo_plugin.model.finite import weights_not_finite
 from tests.support import tiny
 
 KINDS = {
@@ -256,6 +258,40 @@ class TestInits:
 def test_the_digest_sees_what_scales_the_adapter(base_dir, sft_dir, tmp_path, change, same):
     folder = copy_adapter(sft_dir, tmp_path, **change)
     assert (dual(base_dir, folder).digests[REFERENCE] == dual(base_dir, sft_dir).digests[REFERENCE]) == same
+
+
+class TestNotFinite:
+    @pytest.mark.parametrize(
+        ("part", "owner", "write"),
+        [
+            (".layers.1.mlp.up_proj.base_layer.weight", "base model", "base_model: <a model"),
+            (f".layers.1.mlp.up_proj.lora_B.{POLICY}.weight", "policy adapter", "learning_rate: <a smaller"),
+            (f".layers.1.mlp.up_proj.lora_B.{REFERENCE}.weight", "reference adapter", "lora_model_dir: <an adapter"),
+        ],
+    )
+    def test_the_owner_of_the_weights_is_named(self, base_dir, sft_dir, part, owner, write):
+        model = dual(base_dir, sft_dir)
+        assert weights_not_finite(model) is None
+        name, weight = next((name, p) for name, p in model.named_parameters() if name.endswith(part))
+        weight.data[0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
+        found = weights_not_finite(model)
+        assert found.startswith(f"3 of {weight.numel()} values of the {owner}'s {name} are not finite")
+        assert f"it is the {owner} and not the row. Write: {write}" in found
+
+    def test_a_full_fine_tune_and_its_second_model(self, base_dir):
+        trained, reference = base_of(base_dir), base_of(base_dir)
+        assert weights_not_finite(trained, reference) is None
+        reference.model.norm.weight.data[7] = math.nan
+        assert "1 of 192 values of the reference model's model.norm.weight" in weights_not_finite(trained, reference)
+        trained.model.norm.weight.data[7] = math.nan
+        assert "the trained model's model.norm.weight" in weights_not_finite(trained, reference)
+
+    def test_scales_of_4_bit_weights(self, base_dir):
+        quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        model = AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=quantised)
+        assert weights_not_finite(model) is None
+        model.model.layers[0].mlp.up_proj.weight.quant_state.offset.fill_(math.nan)
+        assert "layers.0.mlp.up_proj.weight are not finite" in weights_not_finite(model)
 
 
 class TestMisfits:

@@ -49,6 +49,7 @@ from dpo_plugin.host.store import base_identity, open_store, rounding
 from dpo_plugin.host.travel import Travel
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel, attach
 from dpo_plugin.model.buffers import KeptBuffers
+from dpo_plugin.model.finite import weights_not_finite
 from dpo_plugin.model.kept_reference import KeptReference
 from dpo_plugin.registry import get_registry
 from dpo_plugin.types import CompletionLogps, PairBatch, PairLogps
@@ -249,10 +250,13 @@ class PreferenceTrainer(ResumesWhole, OnAnyEngine, LogsMetrics, AxolotlDPOTraine
         value = list(sides.values())[side][pair].item()
         found = ((name, find_row(data, batch.keys[pair])) for name, data in named_datasets(self))
         where = next((f"{row} of the {name} data" for name, row in found if row), "a pair")
+        cause = weights_not_finite(self.model, self.ref_model) or (
+            "Look at that row with `axolotl dpo preview`; if it is as it should be, the model overflows. Write: "
+            "bf16: true, or a smaller learning_rate"
+        )
         raise NotFiniteError(
             f"the {list(sides)[side]} is {value} at step {self.state.global_step}, for {where}, source "
-            f"{batch.sources[pair]!r}. Look at that row with `axolotl dpo preview`; if it is as it should be, the "
-            "model overflows. Write: bf16: true, or a smaller learning_rate"
+            f"{batch.sources[pair]!r}. {cause}"
         )
 
     def _verify_step_zero(self, logps: PairLogps) -> None:

@@ -1,0 +1,62 @@
+"""Which weights a log-probability that is NaN or infinite may come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel
+
+CURES = {
+    "base model": "base_model: <a model whose weights are finite>",
+    "policy adapter": "learning_rate: <a smaller one>, from the checkpoint before",
+    "reference adapter": "lora_model_dir: <an adapter whose weights are finite>",
+    "trained model": "learning_rate: <a smaller one>, and look at base_model's own weights",
+    "reference model": "base_model: <a model whose weights are finite>",
+}
+"""Owner of weights → the line to write if they are not finite."""
+
+
+def weights_not_finite(model: nn.Module, ref_model: nn.Module | None = None) -> str | None:
+    """Say which weights are NaN or infinite, and what to write; None if none are.
+
+    Under ZeRO-3 and FSDP2 a rank looks at the part that it holds; it does not wait for others, which may not ask.
+
+    Args:
+        model: The model that is trained, adapters included.
+        ref_model: The second model, if there is one.
+    """
+    for owner, name, values in _weights(model, ref_model):
+        if values.is_floating_point() and (count := int((~values.isfinite()).sum())):
+            return (
+                f"{count} of {values.numel()} values of the {owner}'s {name} are not finite, so it is the {owner} and "
+                f"not the row. Write: {CURES[owner]}"
+            )
+    return None
+
+
+def _weights(model: nn.Module, ref_model: nn.Module | None) -> Iterator[tuple[str, str, Tensor]]:
+    adapters = {}
+    if isinstance(model, PolicyReferenceModel):
+        adapters = {name: f".{POLICY}." in f"{name}." for name, _ in model.adapter_parameters()}
+    own = "base model" if adapters else "trained model"
+    for name, parameter in model.named_parameters():
+        owner = ("policy adapter" if adapters[name] else "reference adapter") if name in adapters else own
+        yield from ((owner, name, part) for part in _held(parameter))
+    for name, parameter in ref_model.named_parameters() if ref_model is not None else ():
+        yield from (("reference model", name, part) for part in _held(parameter))
+
+
+@torch.no_grad()
+def _held(parameter: Any) -> Iterator[Tensor]:
+    """What this rank holds of a parameter; of a 4-bit one the scales, for its codes are always finite."""
+    if (state := getattr(parameter, "quant_state", None)) is not None:
+        scales = (state.absmax, state.offset, getattr(state.state2, "absmax", None))
+        yield from (scale for scale in scales if isinstance(scale, Tensor))
+    elif hasattr(parameter, "ds_tensor"):
+        yield parameter.ds_tensor
+    else:
+        yield parameter.to_local() if hasattr(parameter, "to_local") else parameter
