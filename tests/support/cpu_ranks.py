@@ -173,6 +173,8 @@ def optimised(trainer: Any) -> tuple[list[Any], list[Any]]:
     """The model's parameters that the optimizer updates, and the tensors in which it does so."""
     if trainer.is_deepspeed_enabled:
         optimizer = trainer.model_wrapped.optimizer
+        if hasattr(optimizer, "bit16_groups"):  # ZeRO stages 1 and 2
+            return [p for group in optimizer.bit16_groups for p in group], optimizer.single_partition_of_fp32_groups
         return [p for group in optimizer.fp16_groups for p in group], optimizer.fp32_partitioned_groups_flat
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     return parameters, parameters

@@ -51,12 +51,13 @@ class _LoraSettings(BaseModel):
     rank_pattern: dict[str, _Rank] = {}
     alpha_pattern: dict[str, _Alpha] = {}
     lora_dropout: Annotated[StrictFloat, Field(ge=0, le=1)] = 0.0
-    use_rslora: StrictBool = False
-    use_dora: StrictBool = False
+    use_rslora: StrictBool | None = False
+    use_dora: StrictBool | None = False
     fan_in_fan_out: StrictBool | None = False  # axolotl 0.19 writes null (loaders/adapter.py:195)
-    lora_bias: StrictBool = False
+    lora_bias: StrictBool | None = False
     layers_to_transform: list[StrictInt] | StrictInt | None = None
     layers_pattern: _Names = None
+    alora_invocation_tokens: list[StrictInt] | None = None
     trainable_token_indices: list[StrictInt] | dict[str, list[StrictInt]] | None = None
 
 
