@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Strict, ValidationError
 from pydantic.fields import FieldInfo
 
 LONGEST_NAME = 255
@@ -46,7 +46,7 @@ def _folder(path: str) -> str:
     return path
 
 
-Text = Annotated[str, AfterValidator(_not_blank)]
+Text = Annotated[str, Strict(), AfterValidator(_not_blank)]
 """A name or path."""
 
 Folder = Annotated[Text, AfterValidator(_folder)]

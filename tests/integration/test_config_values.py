@@ -63,6 +63,8 @@ WRONG = [
     (entry(path="."), "datasets[0].path", "path: data/preferences.jsonl"),
     ({"micro_batch_size": 0}, "micro_batch_size", "micro_batch_size: 1"),
     ({"gradient_accumulation_steps": None}, "gradient_accumulation_steps", "gradient_accumulation_steps: 1"),
+    ({"seed": -1}, "seed", "seed: 42"),
+    ({"optimizer": b"adamw_torch"}, "optimizer", "optimizer: adamw_torch_fused"),
     ({"num_epochs": float("nan")}, "num_epochs", "num_epochs: 1"),
     ({"val_set_size": 2}, "val_set_size", "val_set_size: 0.05"),
     ({"dpo_plugin": []}, "dpo_plugin", "dpo_plugin: {reference: {strategy: adapter}}"),

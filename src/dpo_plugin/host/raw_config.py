@@ -161,7 +161,7 @@ class RawConfig(_Keys):
     micro_batch_size: Count | None = Field(None, examples=[1])
     gradient_accumulation_steps: Count | None = Field(None, examples=[16])
     num_epochs: Annotated[Real, Field(gt=0)] | None = Field(None, examples=[1])
-    seed: Integer | None = Field(None, examples=[42])
+    seed: Annotated[Integer, Field(ge=0, lt=2**32)] | None = Field(None, examples=[42])
     optimizer: Name = Field(None, examples=["adamw_torch_fused"])
     gradient_checkpointing: bool | Text | None = Field(None, examples=[True])
     attn_implementation: Name = Field(None, examples=["sdpa"])
