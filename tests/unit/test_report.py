@@ -515,7 +515,7 @@ def test_the_running_mean_is_one():
 
 def test_labels_of_small_numbers_keep_their_digits():
     svg = to_svg(Chart("rate", "Learning rate", "", [Line("rate", series([2e-5 * k for k in range(1, 9)]))]))
-    assert "0.00004" in re.findall(r">([^<]+)</text>", svg)
+    assert "0.000050" in re.findall(r">([^<]+)</text>", svg)
 
 
 def test_a_report_of_100_000_logged_steps_takes_less_than_5_seconds_and_5_megabytes(tmp_path: Path):
