@@ -237,7 +237,7 @@ def _source_lines(history: History) -> list[Line]:
     """Of held-out pairs if there are several evaluations, since a log line has few pairs of each source."""
     for prefix, enough in (("eval_", 2), ("", 1)):
         group = f"{prefix}rewards/accuracies/"
-        names = [name for name in history.names() if name.startswith(group) and len(history[name]) >= enough]
+        names = [name for name in history.names() if name.startswith(group) and len(ranked(history, name)) >= enough]
         if names:
             kept = sorted(names, key=lambda name: -_pairs(history[name.replace("accuracies", "count")]))[:MOST_LINES]
             return [Line(name.removeprefix(group), ranked(history, name), bool(prefix)) for name in sorted(kept)]
