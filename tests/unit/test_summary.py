@@ -20,7 +20,7 @@ def test_a_training_step():
 
 
 def test_nothing_is_ranked_before_the_first_update():
-    line = {"loss": 0.69315, "rewards/accuracies": 0.0, "rewards/margins": 0.0}
+    line = {"loss": 0.693147, "rewards/accuracies": 0.0, "rewards/margins": 0.0}
     assert summary(line, 1, 9) == "step 1/9  loss 0.6931  margin +0.000"
     assert "accuracy 0.00" in summary({**line, "rewards/margins": -0.1}, 2, 9)
 
