@@ -72,11 +72,9 @@ def test_a_kept_reference_spares_its_forwards_gathers(name, base_dir, sft, data,
     counts = []
     for keep in (False, True):
         settings = short(name, base_dir, sft, tmp_path / str(keep), data, "dpo_plugin.chat")
-        if keep:
-            settings |= {
-                "precompute_ref_log_probs": True,
-                "dpo_plugin": {"reference": {"cache": str(tmp_path / "kept")}},
-            }
+        settings["max_steps"] = 4  # the first batches with log-probs from disk are compared with a forward
+        settings["precompute_ref_log_probs"] = keep
+        settings["dpo_plugin"] = {"reference": {"cache": str(tmp_path / "kept") if keep else False}}
         run = launch(settings, tmp_path / str(keep), more_plugins=(COUNT,))
         assert run.returncode == 0, run.error()
         counts.append(json.loads(gathers_file(run.output_dir).read_text())[-1][0])
