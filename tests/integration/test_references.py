@@ -255,7 +255,9 @@ class TestKeptLogProbs:
     def test_a_folder_that_cannot_be_written_stops_nothing(self, base_dir, sft_dir, rows, tmp_path):
         (tmp_path / "cache").mkdir()
         (tmp_path / "cache/reference_logps").write_text("")
-        run = host.train(config(base_dir, sft_dir, rows, tmp_path, **reference(cache=str(tmp_path / "cache"))), tmp_path)
+        run = host.train(
+            config(base_dir, sft_dir, rows, tmp_path, **reference(cache=str(tmp_path / "cache"))), tmp_path
+        )
         assert len(run.lines) == 2
         assert run.trainer.reference.store.failure
 
