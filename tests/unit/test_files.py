@@ -194,3 +194,15 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path, kind):
     file.write_bytes(b'\xff"\x00PAR1' * 9)
     with pytest.raises(DataError, match=rf"rows\.{kind} cannot be read as {kind}"):
         read(file)
+
+
+def test_reading_parquet_holds_no_row_group_that_was_read(tmp_path):
+    file = tmp_path / "rows.parquet"
+    table = pa.table({"prompt": [f"{number:0>1000}" for number in range(40_000)]})
+    pq.write_table(table, file, row_group_size=2000, compression="none")
+    before, most = pa.total_allocated_bytes(), 0
+    for number, _ in enumerate(local_source({"path": str(file)}).read()):
+        if number % 1000 == 0:
+            most = max(most, pa.total_allocated_bytes() - before)
+    assert number == 39_999
+    assert most < table.nbytes / 4

@@ -19,7 +19,7 @@ from dpo_plugin.errors import DataError, RowError
 Row = Mapping[str, Any]
 
 _BATCH = 1000  # rows of a table that are Python objects at a time
-_CHUNK = 1 << 20  # characters of a JSON array that are read at a time
+_CHUNK = 1 << 20  # characters of a JSON array, or bytes of a column, that are read at a time
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -177,7 +177,8 @@ def _csv_row(header: list[str], fields: list[str]) -> Row | RowError:
 
 
 def _parquet_rows(file: Path) -> Iterator[Row | RowError]:
-    with _readable(file, "parquet"), pq.ParquetFile(file) as table:
+    # By default pyarrow reads row groups ahead and keeps every one until the file is closed.
+    with _readable(file, "parquet"), pq.ParquetFile(file, pre_buffer=False, buffer_size=_CHUNK) as table:
         for batch in table.iter_batches(_BATCH):
             yield from _table_rows(batch)
 
