@@ -37,7 +37,9 @@ def test_a_second_run_is_refused_and_told_by_whom(tmp_path, sleeper):
 def test_other_ranks_share_it(tmp_path, sleeper, monkeypatch):
     write(tmp_path, pid=sleeper.pid, started=psutil.Process(sleeper.pid).create_time())
     monkeypatch.setenv("RANK", "1")
+    before = (tmp_path / ".dpo_plugin.lock").read_bytes()
     hold(tmp_path)
+    assert (tmp_path / ".dpo_plugin.lock").read_bytes() == before
 
 
 def test_a_lock_of_another_host_is_never_taken_over(tmp_path):

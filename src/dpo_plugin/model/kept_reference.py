@@ -66,14 +66,14 @@ class KeptReference:
             return self.strategy.logps(model, batch, forward)
         kept = self.store.get(batch.keys, batch.input_ids.device)
         missing = self.on_any_rank(kept is None)
-        read = self.store.read(batch.keys)
-        check = anew or (self._unchecked > 0 and self.on_any_rank(not read.isnan().all()))
+        read = self.store.read(batch.keys) if anew or self._unchecked > 0 else None
+        check = anew or (read is not None and self.on_any_rank(not read.isnan().all()))
         self.fresh = missing or check
         if kept is not None and not self.fresh:
             return kept
         self.forwards += missing
         logps = self.strategy.logps(model, batch, forward)
-        if check:
+        if read is not None and check:
             self._unchecked -= 1
             self._compare(self.store, read, logps, batch)
         self.store.put(batch.keys, logps)
