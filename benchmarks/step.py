@@ -408,7 +408,7 @@ def attention_seconds(tokens: int) -> float:
 
 def loss_stage(tokens: int, quick: bool) -> float:
     """MiB that scoring this many completion tokens takes at most, at the vocabulary of Qwen2.5."""
-    from dpo_plugin.compute.head import ForwardOptions, chunked_scores
+    from dpo_plugin.compute.lm_head import ForwardOptions, chunked_scores
 
     vocabulary = 2048 if quick else 152_064
     head = torch.nn.Linear(BODY["hidden_size"], vocabulary, bias=False).requires_grad_(False)
@@ -425,7 +425,7 @@ def loss_stage(tokens: int, quick: bool) -> float:
 
 def head(root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Both ways to exact gradients without keeping logits: each token's slope kept at forward, or chunks recomputed."""
-    from dpo_plugin.compute.head import ForwardOptions, chunked_scores
+    from dpo_plugin.compute.lm_head import ForwardOptions, chunked_scores
 
     for vocabulary, rows in [(2048, 64)] if arguments.quick else [(8192, 512), (152_064, 512)]:
         layer = torch.nn.Linear(BODY["hidden_size"], vocabulary, bias=False).requires_grad_(False)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from dpo_plugin.compute.losses import PreferenceLoss
     from dpo_plugin.data.formats import PreferenceFormat
+    from dpo_plugin.health.history import History
     from dpo_plugin.model.references import ReferenceStrategy
-    from dpo_plugin.monitor.history import History
     from dpo_plugin.types import Finding, PairLogps
 
 hookspec = HookspecMarker("dpo_plugin")

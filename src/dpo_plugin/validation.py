@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Strict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 from pydantic.fields import FieldInfo
 
 LONGEST_NAME = 255
@@ -27,6 +27,12 @@ def _not_blank(text: str) -> str:
     if "\0" in text or any(len(part.encode(errors="replace")) > LONGEST_NAME for part in re.split(r"[/\\]", text)):
         raise ValueError(f"should have no part longer than {LONGEST_NAME} bytes and no NUL")
     return text
+
+
+def _not_true(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("should be a number")
+    return value
 
 
 def _with_exponent(value: Any) -> Any:
@@ -54,6 +60,21 @@ Folder = Annotated[Text, AfterValidator(_folder)]
 
 Number = Annotated[float, BeforeValidator(_with_exponent)]
 """A number that may be written with an exponent."""
+
+Integer = Annotated[int, BeforeValidator(_not_true)]
+Count = Annotated[Integer, Field(ge=1)]
+Real = Annotated[float, BeforeValidator(_not_true)]
+Unset = BeforeValidator(lambda value: None if value == "" else value)
+"""An empty text, which the host takes for a key that is not there."""
+Name = Annotated[Text | None, Unset]
+AutoInteger = Literal["auto"] | Integer | None
+AutoReal = Literal["auto"] | Real | None
+
+
+class HostKeys(BaseModel):
+    """Keys of another program's config: others stay as they are, and ``examples`` are the lines that errors propose."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
 
 @dataclass

@@ -38,7 +38,7 @@ def keys_of(model: type[BaseModel]) -> list[str]:
 def paths() -> list[tuple[Any, ...]]:
     """Every place of a config that is given a value: keys of axolotl, of its data sets and engines, and of our section."""
     from dpo_plugin.config import DPOPluginConfig
-    from dpo_plugin.host import raw_config
+    from dpo_plugin.host import yaml_keys as raw_config
 
     top = [(key,) for key in keys_of(raw_config.RawConfig) if key != "base_model"]
     more = [("dpo_plugin",), ("fsdp",), ("trainer_cls",), ("resume_from_checkpoint",), ("excess_length_strategy",)]
@@ -70,7 +70,7 @@ def put(config: Any, path: tuple[Any, ...], value: Any) -> None:
 def good_values() -> list[tuple[tuple[Any, ...], Any]]:
     """Lines that our messages propose, which lead past the first check."""
     from dpo_plugin.config import DPOPluginConfig
-    from dpo_plugin.host.raw_config import DatasetEntry, RawConfig
+    from dpo_plugin.host.yaml_keys import DatasetEntry, RawConfig
 
     left_alone = (
         "base_model",
@@ -121,7 +121,7 @@ def check(config: dict[str, Any]) -> str:
     raw = DictDefault(config)
     try:
         if not isinstance(config.get("plugins"), list) or "dpo_plugin.DPOPlugin" not in config["plugins"]:
-            from dpo_plugin.host.raw_config import typed
+            from dpo_plugin.host.yaml_keys import typed
 
             typed(config)
             return "read"
@@ -151,8 +151,8 @@ def check(config: dict[str, Any]) -> str:
 def check_plan(config: dict[str, Any]) -> str:
     """The same of ``axolotl dpo plan``."""
     from dpo_plugin.errors import DPOPluginError
-    from dpo_plugin.host.plan import GIB, Machine, Planner
-    from dpo_plugin.host.raw_config import typed
+    from dpo_plugin.host.yaml_keys import typed
+    from dpo_plugin.plan.planner import GIB, Machine, Planner
 
     try:
         Planner(typed(config), "config.yaml", Machine(2, 80 * GIB, 500 * GIB)).result()

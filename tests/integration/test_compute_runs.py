@@ -12,7 +12,7 @@ from dpo_plugin.compute.logps import run_model
 from dpo_plugin.errors import ConfigError, DataError, NotFiniteError
 from tests.support import host
 from tests.support.tiny import chat_row, dpo_config, save_base, tokenizer, write_rows
-from tests.unit.test_compute import assert_same, batch_of, use_flat_attention, with_lora
+from tests.unit.compute.test_compute import assert_same, batch_of, use_flat_attention, with_lora
 
 ROWS = [
     chat_row(f"Question {n}? " * (1 + n % 4), f"Good answer {n}. " * (1 + n % 3), f"Bad {n}.", "ab"[n % 2])

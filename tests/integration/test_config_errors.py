@@ -6,8 +6,9 @@ import pytest
 
 from dpo_plugin.compute.losses import DIVERGENT, LOSSES
 from dpo_plugin.errors import AdapterError, ConfigError, DataError, DPOPluginError
-from dpo_plugin.host import plan
+from dpo_plugin.host.plugin import check_host_memory
 from dpo_plugin.host.settings import read_settings
+from dpo_plugin.plan import planner as plan
 from tests.support import host, tiny
 from tests.support.tiny import chat_row, dpo_config, write_rows
 
@@ -190,11 +191,11 @@ def test_offload_to_a_host_without_memory(engine, key, base_dir, sft_dir, tmp_pa
     config = dpo_config(base_dir, tmp_path / "out", lora_model_dir=str(sft_dir), bf16=True, **engine)
     monkeypatch.setattr(plan, "memory_here", lambda: plan.GIB)
     with pytest.raises(ConfigError, match=rf"`{key}` moves what it can to the host, which takes 2\.\d+ GiB.* has 1"):
-        plan.check_host_memory(config, "this config")
+        check_host_memory(config)
     with pytest.raises(ConfigError, match=f"`{key}` moves"):
         host.load_config(config, tmp_path)
     monkeypatch.setattr(plan, "memory_here", lambda: 8 * plan.GIB)
-    plan.check_host_memory(config, "this config")
+    check_host_memory(config)
 
 
 def test_a_model_that_cannot_be_planned_is_not_refused_for_it(base_dir, sft_dir, tmp_path, monkeypatch):
@@ -203,9 +204,7 @@ def test_a_model_that_cannot_be_planned_is_not_refused_for_it(base_dir, sft_dir,
 
     offload = {"deepspeed": "deepspeed_configs/zero3_bf16_offload.json"}
     monkeypatch.setattr(plan.Planner, "need", fails)
-    plan.check_host_memory(
-        dpo_config(base_dir, tmp_path / "out", lora_model_dir=str(sft_dir), **offload), "this config"
-    )
+    check_host_memory(dpo_config(base_dir, tmp_path / "out", lora_model_dir=str(sft_dir), **offload))
 
 
 def test_an_adapter_folder_without_config(base_dir, sft_dir, tmp_path):

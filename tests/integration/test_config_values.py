@@ -7,9 +7,9 @@ import yaml
 from click.testing import CliRunner
 
 from dpo_plugin.errors import ConfigError
-from dpo_plugin.host.cli import dpo
-from dpo_plugin.host.raw_config import RawConfig, typed
+from dpo_plugin.host.commands.cli import dpo
 from dpo_plugin.host.trl_names import LINES
+from dpo_plugin.host.yaml_keys import RawConfig, typed
 from tests.fuzz import configs
 from tests.support import host
 from tests.support.tiny import ROOT, dpo_config

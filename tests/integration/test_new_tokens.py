@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from dpo_plugin.errors import AdapterError
-from dpo_plugin.host.compare import compare
+from dpo_plugin.host.commands.compare import compare
 from dpo_plugin.model.adapters import POLICY, REFERENCE, AdapterFolder, attach, without_copies
 from tests.support import host, tiny
 from tests.support.tiny import ROOT, dpo_config

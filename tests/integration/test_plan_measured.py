@@ -42,7 +42,7 @@ CASES = {
 
 
 def planned(folder: Path, sizes: dict[str, Any], settings: dict[str, Any]) -> int:
-    from dpo_plugin.host.plan import CONTEXT, GIB, Machine, Planner
+    from dpo_plugin.plan.planner import CONTEXT, GIB, Machine, Planner
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**SIZES, **sizes}))

@@ -10,8 +10,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from dpo_plugin.errors import CheckpointError, ConfigError
-from dpo_plugin.host.cli import dpo
-from dpo_plugin.host.compare import compare
+from dpo_plugin.host.commands.cli import dpo
+from dpo_plugin.host.commands.compare import compare
 from tests.support import host
 from tests.support.tiny import chat_row, dpo_config, write_rows
 

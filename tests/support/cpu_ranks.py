@@ -24,7 +24,7 @@ from axolotl.integrations.base import BasePlugin
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from dpo_plugin.host.distributed import gathered, whole, whole_policy
+from dpo_plugin.engines.sharded import gathered, whole, whole_policy
 from dpo_plugin.model.adapters import PolicyReferenceModel, adapter_tensors
 from tests.support.tiny import ROOT
 

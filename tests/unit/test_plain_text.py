@@ -7,14 +7,14 @@ import pytest
 from rich.console import Console
 
 from dpo_plugin.data.audit import Audit, audit_lines
-from dpo_plugin.host.card import model_card
-from dpo_plugin.host.compare import Comparison, Figures
-from dpo_plugin.host.preview import pair_text
-from dpo_plugin.monitor.charts import Chart, Line, to_svg
-from dpo_plugin.monitor.history import Series
-from dpo_plugin.monitor.samples import Answer, Sample, samples_markdown, samples_table
+from dpo_plugin.health.history import Series
+from dpo_plugin.host.commands.compare import Comparison, Figures
+from dpo_plugin.host.commands.preview import pair_text
+from dpo_plugin.host.output_dir.card import model_card
+from dpo_plugin.report.charts import Chart, Line, to_svg
+from dpo_plugin.samples.records import Answer, Sample, samples_markdown, samples_table
 from tests.support.tiny import chat_row, write_rows
-from tests.unit.test_prepare import preparation
+from tests.unit.data.test_prepare import preparation
 
 HOSTILE = "a\x1b[31m\x9b2J\r\nkept 0\n```\n# b \u202ec `d` $\\frac{$ <b>[red]e[/nope] :smile: ![x](http://y) ~f~ &lt; |"
 OBEYED = ["\x1b", "\x9b", "\r", "\u202e"]

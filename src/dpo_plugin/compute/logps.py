@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from dpo_plugin.compute.attention import NAME, PairSegments
-from dpo_plugin.compute.head import ENTROPY, LOG_COLLISION, LOGP, MEAN_LOGIT, ForwardOptions, scoring_head, token_scores
+from dpo_plugin.compute.lm_head import (
+    ENTROPY,
+    LOG_COLLISION,
+    LOGP,
+    MEAN_LOGIT,
+    ForwardOptions,
+    scoring_head,
+    token_scores,
+)
 from dpo_plugin.compute.losses import LossOptions, PreferenceLoss
 from dpo_plugin.types import CompletionLogps, PairBatch, PairLogps
 

@@ -33,8 +33,8 @@ def tolerance(logps: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         no adapter, another adapter                   ≥ 0.35, 0.5
 
     One weight of the reference that is one bf16 spacing off makes 4e-5 to 2e-4 in fp32, which is not explained, and
-    2.5e-3 in bf16, which is: there any other rounding makes as much. tests/unit/test_step_zero.py holds all but the
-    compiled one.
+    2.5e-3 in bf16, which is: there any other rounding makes as much.
+    tests/unit/compute/test_step_zero.py holds all but the compiled one.
 
     Args:
         logps: (sides,) fp32 nats, summed over completion tokens.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,19 @@ from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.integrations.base import BasePlugin, PluginManager
 from transformers import EarlyStoppingCallback
 
+from dpo_plugin.engines.config import offloads_to_host
+from dpo_plugin.engines.sharded import accept_fsdp2_with_nf4, reference_digest, refuse_moving_reference
 from dpo_plugin.errors import AdapterError, ConfigError
 from dpo_plugin.host import datasets as host_datasets
 from dpo_plugin.host import excepthook
 from dpo_plugin.host.command import intended_rl, leave_out_engine, running_command, use_trained_adapter
-from dpo_plugin.host.distributed import accept_fsdp2_with_nf4, reference_digest, refuse_moving_reference
-from dpo_plugin.host.lock import hold, release
+from dpo_plugin.host.commands.merge_lora import complete_merges
 from dpo_plugin.host.log import LOG, ignore_deprecated_collectives
-from dpo_plugin.host.merge import complete_merges
-from dpo_plugin.host.parallel import offloads_to_host
-from dpo_plugin.host.raw_config import typed
+from dpo_plugin.host.output_dir.lock import hold, release
 from dpo_plugin.host.settings import RunSettings, read_settings
+from dpo_plugin.host.yaml_keys import typed
 from dpo_plugin.model.adapters import AdapterFolder, PolicyReferenceModel
-from dpo_plugin.monitor.shown import shown_settings
+from dpo_plugin.report.shown import shown_settings
 
 TRAINER = "dpo_plugin.host.trainer.PreferenceTrainer"
 
@@ -87,9 +88,7 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         elif not (raw.get("test_datasets") or raw.get("val_set_size")) and os.environ.get("RANK", "0") == "0":
             LOG.info("dpo_plugin: no pairs are held out, so overfitting cannot be seen. Write: val_set_size: 0.05")
         if offloads_to_host(raw):
-            from dpo_plugin.host.plan import check_host_memory
-
-            check_host_memory(raw, "this config")
+            check_host_memory(raw)
         accept_fsdp2_with_nf4(cfg)
         cfg["trainer_cls"] = TRAINER
 
@@ -159,6 +158,23 @@ def settings_for_evaluation(cfg: Any, settings: RunSettings) -> RunSettings:
 
             setattr(module, "load_preference_datasets", load)  # noqa: B010
     return settings
+
+
+def check_host_memory(cfg: Mapping[str, Any]) -> None:
+    """Refuse a run that moves weights or optimizer states to a host that cannot hold them.
+
+    Raises:
+        ConfigError: Naming the key and what it takes.
+    """
+    from dpo_plugin.plan.planner import host_shortage
+
+    try:
+        shortage = host_shortage(cfg, "this config")
+    except ConfigError as error:
+        LOG.warning(f"dpo_plugin: whether the host's memory is enough for what is moved to it is not known: {error}")
+        return
+    if shortage:
+        raise ConfigError(shortage)
 
 
 def check_reference_unchanged(model: PolicyReferenceModel) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 from axolotl.integrations.base import PluginManager
 
 from dpo_plugin.config import DPOPluginConfig
+from dpo_plugin.engines.config import engine_that_shards
 from dpo_plugin.errors import ConfigError, RowError
-from dpo_plugin.host.parallel import engine_that_shards
 from dpo_plugin.host.templates import renderer_of
-from dpo_plugin.monitor.samples import read_prompts
+from dpo_plugin.samples.records import read_prompts
 from dpo_plugin.types import Message, PreferencePair, RenderedPair
 
 KEY = "dpo_plugin.samples.prompts"

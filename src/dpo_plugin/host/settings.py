@@ -9,17 +9,17 @@ from typing import Any
 
 from dpo_plugin.compute.losses import COUPLED, DIVERGENT, LOSSES, SMOOTHED
 from dpo_plugin.config import Action, DPOPluginConfig, parse_config
+from dpo_plugin.engines.config import check_parallel
 from dpo_plugin.errors import ConfigError, DataError
-from dpo_plugin.host.hub import open_adapter
-from dpo_plugin.host.parallel import check_parallel
+from dpo_plugin.health.monitor import HealthCheck
 from dpo_plugin.host.prompts import check_samples
-from dpo_plugin.host.raw_config import DATA_SUFFIXES
 from dpo_plugin.host.trl_names import check_names
+from dpo_plugin.host.yaml_keys import DATA_SUFFIXES
+from dpo_plugin.metrics.pair import USUAL, PreferenceMetric
 from dpo_plugin.model.adapters import AdapterFolder
+from dpo_plugin.model.hub import open_adapter
 from dpo_plugin.model.inits import check_fresh_init
 from dpo_plugin.model.references import ReferenceStrategy
-from dpo_plugin.monitor.health import HealthCheck
-from dpo_plugin.monitor.metrics import USUAL, PreferenceMetric
 from dpo_plugin.registry import Registry, get_registry
 
 PREFIX = "dpo_plugin."
@@ -62,7 +62,7 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
     """Read and check a config with ``rl: dpo`` or ``rl: ipo``.
 
     Args:
-        cfg: What `dpo_plugin.host.raw_config.typed` made of the raw YAML.
+        cfg: What `dpo_plugin.host.yaml_keys.typed` made of the raw YAML.
 
     Raises:
         ConfigError: For a key, name or combination that cannot be served.

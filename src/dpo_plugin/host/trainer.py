@@ -19,16 +19,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dpo_plugin.compute.batching import find_row, sequences, to_pair_batch
 from dpo_plugin.compute.checkpointing import without_checkpointing
 from dpo_plugin.compute.dropout import disable_dropout
-from dpo_plugin.compute.head import ForwardOptions
+from dpo_plugin.compute.lm_head import ForwardOptions
 from dpo_plugin.compute.logps import pair_logps, run_model, total_loss
 from dpo_plugin.compute.losses import LossOptions
 from dpo_plugin.compute.step_zero import largest_deviation
+from dpo_plugin.engines.packs import packs_of, rows_that_count
+from dpo_plugin.engines.sharded import OnAnyEngine, whole_policy
 from dpo_plugin.errors import ConfigError, NotFiniteError, ReferenceMismatchError
-from dpo_plugin.host.callbacks import ReferenceCallback
-from dpo_plugin.host.card import model_card
-from dpo_plugin.host.checkpoints import write_marker
-from dpo_plugin.host.distributed import OnAnyEngine, whole_policy
-from dpo_plugin.host.engine import (
+from dpo_plugin.host.batches import (
     CheckpointLayers,
     check_lengths,
     make_collator,
@@ -36,21 +34,23 @@ from dpo_plugin.host.engine import (
     prepare_models,
     shares_prefixes,
 )
-from dpo_plugin.host.health import HealthCallback
+from dpo_plugin.host.callbacks.health import HealthCallback
+from dpo_plugin.host.callbacks.progress import Progress
+from dpo_plugin.host.callbacks.reference import ReferenceCallback
+from dpo_plugin.host.callbacks.samples import SamplesCallback
 from dpo_plugin.host.log import LOG
-from dpo_plugin.host.metering import LogsMetrics
-from dpo_plugin.host.packs import packs_of, rows_that_count
+from dpo_plugin.host.output_dir.card import model_card
+from dpo_plugin.host.output_dir.checkpoints import write_marker
+from dpo_plugin.host.output_dir.resume import ResumesWhole
+from dpo_plugin.host.output_dir.saving import saving
 from dpo_plugin.host.plugin import DPOPlugin
-from dpo_plugin.host.progress import Progress
-from dpo_plugin.host.resume import ResumesWhole
-from dpo_plugin.host.samples import SamplesCallback
-from dpo_plugin.host.saving import saving
-from dpo_plugin.host.store import base_identity, open_store, rounding
-from dpo_plugin.host.travel import Travel
+from dpo_plugin.host.reference_cache import base_identity, open_store, rounding
+from dpo_plugin.metrics.adapter_norms import Travel
+from dpo_plugin.metrics.recorder import LogsMetrics
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel, attach
 from dpo_plugin.model.buffers import KeptBuffers
+from dpo_plugin.model.cached_reference import KeptReference
 from dpo_plugin.model.finite import weights_not_finite
-from dpo_plugin.model.kept_reference import KeptReference
 from dpo_plugin.registry import get_registry
 from dpo_plugin.types import CompletionLogps, PairBatch, PairLogps
 
@@ -108,7 +108,7 @@ class PreferenceTrainer(ResumesWhole, OnAnyEngine, LogsMetrics, AxolotlDPOTraine
         if wanted is not None and self.args.gradient_checkpointing:
             self.add_callback(CheckpointLayers(self, wanted))
         self.add_callback(HealthCallback(self, self._settings.health_checks, self._settings.config.report))
-        self._set_up_metrics(self._settings.metrics, strategy.equals_policy_at_start())
+        self._set_up_metrics(self._settings.metrics, get_registry().metrics.owner, strategy.equals_policy_at_start())
         self._check_step_zero = strategy.equals_policy_at_start()
         if self.accelerator.is_main_process:
             self._say_what_is_trained(model)

@@ -1,0 +1,197 @@
+"""The built-in health checks: each rule with its threshold, window, source and advice; docs/health.md explains them.
+
+Thresholds are set so that a run that learns triggers none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dpo_plugin.health import learning
+from dpo_plugin.health import sanity as soundness
+from dpo_plugin.health.monitor import Check
+
+DPO = "Rafailov et al. 2023, arXiv 2305.18290"
+RAZIN = "Razin et al. 2024, arXiv 2410.08847"
+PARK = "Park et al. 2024, arXiv 2403.19159"
+
+CHECKS: Mapping[str, Check] = {
+    "no_completion_tokens": Check(
+        find=soundness.no_completion_tokens,
+        severity="error",
+        rule="fewer than one completion token per pair is left of chosen or rejected, or both log-probs are 0",
+        threshold=1.0,
+        window=3,
+        source="a published 72B run that trained on prompts cut at 32 tokens: log-probs 0, loss 0.6931 throughout",
+        advice="Prompts fill the whole sequence length, so there is nothing to learn from. Give them room, or set "
+        "`dpo_plugin.data.truncation_side: left`, which cuts prompts instead.",
+    ),
+    "pairs_mostly_cut": Check(
+        find=soundness.mostly_cut,
+        severity="warning",
+        rule="share of the training pairs that are cut or left out because of their length",
+        threshold=0.5,
+        window=0,
+        source="the data audit",
+        advice="What is trained is another data set than the one that was named.",
+    ),
+    "step_zero_identity": Check(
+        find=soundness.step_zero,
+        severity="error",
+        rule="policy and reference start from the same weights, but their log-probs at step 1 (evaluation: 0) differ "
+        "by more nats",
+        threshold=0.5,
+        window=0,
+        source=f"{DPO}, eq. 7: every reward is 0 while policy = reference",
+        advice="The reference is not what the policy started from, so rewards measure something else.",
+    ),
+    "not_finite": Check(
+        find=soundness.not_finite,
+        severity="error",
+        rule="NaN or infinity in loss, log-probs or rewards, or more than once in the gradient norm",
+        threshold=2.0,
+        window=0,
+        source="IEEE 754; one skipped overflow is normal under fp16 loss scaling (Micikevicius et al. 2018, arXiv "
+        "1710.03740)",
+        advice="From here on the weights may be NaN; go back to the last checkpoint before that step.",
+    ),
+    "gradient_vanished": Check(
+        find=soundness.gradient_vanished,
+        severity="error",
+        rule="the gradient norm stays below it",
+        threshold=1e-7,
+        window=5,
+        source=f"{DPO}, section 4: the gradient is β σ(−margin) times that of the log-probs, and 0 only if no token or "
+        "no trained weight takes part, or every pair is saturated",
+        advice="Look at the number of trainable parameters that the run printed, and at `lora_target_modules`.",
+    ),
+    "gradient_exploded": Check(
+        find=soundness.gradient_exploded,
+        severity="warning",
+        rule="in most of the window the gradient norm is more than this many times its maximum in the first ten lines",
+        threshold=10.0,
+        window=5,
+        source=f"{DPO}, section 4: the weight σ(−margin) starts at 1/2 and cannot pass 1, so it can at most double the "
+        "norm",
+        advice="The policy is leaving the region in which it was trained.",
+    ),
+    "loss_diverged": Check(
+        find=learning.loss_diverged,
+        severity="error",
+        rule="the mean loss over what it was at first: ln 2 for the sigmoid loss from policy = reference, otherwise "
+        "the mean of the first five lines",
+        threshold=1.5,
+        window=10,
+        source=f"{DPO}, eq. 7: where policy and reference agree the loss is ln 2, so 1.5 times that is worse than not "
+        "having trained",
+        advice="The policy has run away from the reference, and what it learned before is lost. Go back to an earlier "
+        "checkpoint, with a smaller rate or a longer warm-up.",
+    ),
+    "loss_at_ln2": Check(
+        find=learning.loss_at_ln2,
+        severity="error",
+        rule="the sigmoid loss is closer to ln 2 (nats) after 15 % of the steps, or equal to four digits in 8 lines",
+        threshold=learning.AT_LN2,
+        window=20,
+        source=f"{DPO}, eq. 7: −log σ(0) = ln 2, so policy and reference still agree on every pair",
+        advice="The updates do not move the policy. LoRA needs about ten times the learning rate of full fine-tuning.",
+    ),
+    "margin_not_rising": Check(
+        find=learning.margin_not_rising,
+        severity="warning",
+        rule="after a quarter of the steps the mean margin is less than this many standard errors above 0",
+        threshold=2.0,
+        window=20,
+        source=f"{DPO}, section 4: a step raises the margin of its own pairs",
+        advice="Chosen and rejected do not part, or the wrong way. Look with `axolotl dpo preview` whether the columns "
+        "are the right way round; then change the rate, or lower a β above 0.3.",
+    ),
+    "accuracy_at_chance": Check(
+        find=learning.accuracy_at_chance,
+        severity="warning",
+        rule="after a third of the steps the held-out accuracy is below it (lower for small sets) at each evaluation",
+        threshold=0.55,
+        window=2,
+        source="a coin gives 0.5; 0.6 must be a standard error away, √(1/4n)",
+        advice="What is learned does not carry over: labels may be noise (`dpo_label_smoothing`), the held-out data of "
+        "another kind, or its columns the wrong way round.",
+    ),
+    "likelihood_displacement": Check(
+        find=learning.likelihood_displacement,
+        severity="warning",
+        rule="chosen has lost more nats per token since step 0, and rejected has fallen too; where a log has no such "
+        "field, that share of its log-prob in the first lines",
+        threshold=0.7,
+        window=20,
+        source=f"{RAZIN}; ln 2 ≈ 0.7 nats halve the probability of every token",
+        advice="If the margin rises, then only because rejected falls faster; the probability goes to other answers. "
+        "Add the `sft` term, take `dpo_loss_type: [apo_zero]`, raise `rl_beta`, or drop pairs whose answers are almost "
+        "the same.",
+    ),
+    "overfitting": Check(
+        find=learning.overfitting,
+        severity="warning",
+        rule="training accuracy is at least 0.95 while the held-out loss is above its minimum at the last two "
+        "evaluations, by this share at the last, or by half of it after four rises in a row, and the held-out accuracy "
+        "is no better by a standard error, √(1/4n)",
+        threshold=0.1,
+        window=20,
+        source="Azar et al. 2023, arXiv 2310.12036, section 4.2: where preferences are all but certain, β no longer "
+        "holds the policy",
+        advice="Keep the checkpoint at the minimum (`load_best_model_at_end`), and train fewer parameters or fewer "
+        "epochs.",
+    ),
+    "length_exploitation": Check(
+        find=learning.length_exploitation,
+        severity="warning",
+        rule="correlation of margin and length difference above it, accuracy at most 0.45 where chosen is the shorter "
+        "answer and at least 0.6 where it is the longer",
+        threshold=0.5,
+        window=20,
+        source=PARK,
+        advice="Length is learned instead of preference. Take the length-normalised loss, or "
+        "`dpo_plugin: {loss: {ld_alpha: 0.5}}`, which weights the surplus tokens down.",
+    ),
+    "saturated_pairs": Check(
+        find=learning.saturated,
+        severity="warning",
+        rule="share of pairs with σ(margin) > 0.99 while a quarter of the steps is still to come",
+        threshold=0.9,
+        window=20,
+        source=f"{DPO}, section 4: such a pair's gradient is below a fiftieth of what it was at step 0",
+        advice="The rest of the run costs time and moves the policy away from the reference for nothing.",
+    ),
+    "quantised_rewards": Check(
+        find=soundness.quantised,
+        severity="warning",
+        rule="no reward of the window has more binary digits",
+        threshold=12.0,
+        window=10,
+        source="bf16 keeps 8 binary digits: 2 nats between neighbouring log-probs at 300 nats",
+        advice="Log-probabilities are summed in bf16 (TRL 1.9 under DeepSpeed and FSDP2). This plugin sums them in "
+        "fp32.",
+    ),
+    "learning_rate_below_precision": Check(
+        find=soundness.rate_below_precision,
+        severity="warning",
+        rule="after ten steps at the peak rate a smaller share of the values that the optimizer updates, embeddings "
+        "aside, is not what it was at the start",
+        threshold=0.5,
+        window=1,
+        source="an AdamW update is about as large as the learning rate (Kingma & Ba 2014, arXiv 1412.6980, section "
+        "2.1), and rounding to nearest drops what is below half the distance between neighbouring numbers: 2⁻⁹ of a "
+        "weight in bf16, 2⁻²⁵ in fp32",
+        advice="Let the optimizer update fp32 weights: this plugin does so for adapters, DeepSpeed's ZeRO for full "
+        "fine-tuning; or raise the learning rate.",
+    ),
+    "reference_drift": Check(
+        find=soundness.reference_drift,
+        severity="error",
+        rule="the log-prob of the held-out data under a fixed reference changes by this share",
+        threshold=0.01,
+        window=2,
+        source=f"{DPO}, eq. 7: π_ref is a constant",
+        advice="Something trains or overwrites the reference: another plugin, a callback, or an optimizer over all "
+        "parameters. Take it out, and name the reference.",
+    ),
+}

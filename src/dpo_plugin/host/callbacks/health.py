@@ -1,0 +1,170 @@
+"""Health checks in a run, and what it leaves for its report: log, settings, findings and the report itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from axolotl.integrations.base import PluginManager
+from transformers import TrainerCallback
+
+from dpo_plugin.config import Action
+from dpo_plugin.errors import HealthError
+from dpo_plugin.health.history import History
+from dpo_plugin.health.monitor import HealthCheck, HealthMonitor, in_order
+from dpo_plugin.host.log import LOG, may_fail
+from dpo_plugin.host.plugin import DPOPlugin
+from dpo_plugin.metrics.adapter_norms import whole_size
+from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel
+from dpo_plugin.registry import get_registry
+from dpo_plugin.report.run_folder import LOG as LOG_FILE
+from dpo_plugin.report.run_folder import RUN, log_text
+from dpo_plugin.report.shown import shown_text
+from dpo_plugin.types import Finding, RunFacts
+
+REPORT = "report.html"
+
+
+class HealthCallback(TrainerCallback):  # type: ignore[misc]
+    """Runs the health checks at each logging step and says what they find once; keeps log and findings on disk.
+
+    Args:
+        trainer: The `PreferenceTrainer`.
+        checks: Name → check and its action.
+        report: Whether the report is written at the end.
+    """
+
+    def __init__(self, trainer: Any, checks: Mapping[str, tuple[HealthCheck, Action]], report: bool):
+        self.trainer = trainer
+        self.checks = checks
+        self.report = report
+        self.monitor: HealthMonitor | None = None
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What was found so far, errors first."""
+        return in_order(self.monitor.findings.values()) if self.monitor else []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin with what is known before the first step, and with the lines of a run that is resumed.
+
+        Raises:
+            HealthError: If a check with the action ``stop`` finds something already.
+        """
+        history = History(run_facts(self.trainer), read_audits(Path(args.output_dir)))
+        for line in state.log_history:
+            history.add(line)
+        if self.trainer.is_world_process_zero():
+            with may_fail(self.folder / LOG_FILE):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / LOG_FILE).write_text("".join(map(log_text, state.log_history)), encoding="utf-8")
+        owner = get_registry().health_checks.owner
+        self.monitor = HealthMonitor({name: check for name, (check, _) in self.checks.items()}, history, owner)
+        self._write()
+        self._act(self.monitor.check())
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Look at the line that was just logged.
+
+        Raises:
+            HealthError: If a check with the action ``stop`` finds something.
+        """
+        if self.monitor is not None and state.log_history:
+            if self.trainer.is_world_process_zero():
+                file = self.folder / LOG_FILE
+                with may_fail(file), file.open("a", encoding="utf-8") as log:
+                    log.write(log_text(state.log_history[-1]))
+            self._act(self.monitor.add(state.log_history[-1]))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write what was found, and the report."""
+        self._finish()
+
+    @property
+    def folder(self) -> Path:
+        """The run's output folder."""
+        return Path(self.trainer.args.output_dir)
+
+    def _act(self, found: list[Finding]) -> None:
+        for finding in found:
+            if self.trainer.is_world_process_zero():
+                LOG.warning(f"dpo_plugin: {finding.text()}")
+        stopping = [finding for finding in found if self.checks[finding.check][1] == "stop"]
+        if stopping:
+            self._finish()
+            raise HealthError(
+                f"{stopping[0].text()} (the run stops because `dpo_plugin.health` says `stop` for this check)"
+            )
+
+    def _write(self, **more: Any) -> None:
+        """Write on the main rank what the report reads beside the log.
+
+        Findings come at the end: of a run that was killed, the report makes them from the log.
+        """
+        if self.monitor is None or not self.trainer.is_world_process_zero():
+            return
+        content = {"facts": self.monitor.history.facts.to_dict(), "config": DPOPlugin.active().shown, **more}
+        with may_fail(self.folder / RUN):
+            (self.folder / RUN).write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+
+    def _finish(self) -> None:
+        """Write the findings and the report; that it fails must not cost a run that has ended well."""
+        findings = [finding.to_dict() for finding in self.findings]
+        self._write(findings=findings, rewards=self.trainer.reward_course())
+        if not self.report or not self.trainer.is_world_process_zero():
+            return
+        from dpo_plugin.report.report import write_report
+        from dpo_plugin.report.run_folder import read_run
+
+        try:
+            LOG.info(f"dpo_plugin: report: {write_report([read_run(self.folder)], self.folder / REPORT)}")
+        except Exception as error:
+            LOG.warning(f"dpo_plugin: no report was written: {type(error).__name__}: {error}")
+
+
+def run_facts(trainer: Any) -> RunFacts:
+    """What is known of a `PreferenceTrainer`'s run before its first step."""
+    model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
+    strategy, settings = trainer.reference.strategy, trainer._settings
+    lora = model.peft_config[POLICY] if isinstance(model, PolicyReferenceModel) else None
+    return RunFacts(
+        beta=trainer.beta,
+        learning_rate=args.learning_rate,
+        losses=tuple(trainer._losses),
+        adapter_dtype=trainer.trained_dtype(),
+        lora_r=getattr(lora, "r", None),
+        trainable_share=_trainable_share(model),
+        sequence_len=PluginManager.get_instance().cfg.sequence_len,
+        planned_steps=trainer.state.max_steps or None,
+        epochs=args.num_train_epochs,
+        starts_as_reference=strategy.equals_policy_at_start(),
+        reference_fixed=type(strategy).fixed,
+        base=shown_text(str(model.config.name_or_path)),
+        policy=str(settings.policy.path) if settings.policy else "all weights" if lora is None else "a fresh LoRA",
+        reference=f"{settings.strategy_name} {settings.reference.path if settings.reference else ''}".strip(),
+        pairs=len(trainer.train_dataset),
+        hardware=_hardware(trainer.accelerator.num_processes),
+    )
+
+
+def _hardware(processes: int) -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"{processes} × {device}"
+
+
+def _trainable_share(model: Any) -> float:
+    """Trained parameters / all."""
+    sizes = [(whole_size(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trained in sizes if trained) / max(1, sum(size for size, _ in sizes))
+
+
+def read_audits(output_dir: Path) -> list[dict[str, Any]]:
+    """The data audits that preparation left in the output folder."""
+    file = output_dir / "data_audit.json"
+    if not file.is_file():
+        return []
+    audits: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["datasets"]
+    return audits

@@ -1,0 +1,146 @@
+"""Samples during training: when, of which prompts, and where to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
+
+from dpo_plugin.config import SamplesConfig
+from dpo_plugin.errors import ConfigError
+from dpo_plugin.host.batches import named_datasets
+from dpo_plugin.host.log import may_fail
+from dpo_plugin.host.prompts import KEY, check_rendered_as_trained, refusal, render_prompt
+from dpo_plugin.report.run_folder import SAMPLES
+from dpo_plugin.samples.generate import AnswerOptions, Sampler
+from dpo_plugin.samples.records import (
+    COLUMNS,
+    Sample,
+    append_samples,
+    keep_until,
+    prompts_of_pairs,
+    read_prompts,
+    samples_markdown,
+    samples_table,
+)
+
+FILE = "samples.jsonl"
+
+
+def prompt_ids(trainer: Any, settings: SamplesConfig, datasets: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Token ids of the prompts that a config asks for.
+
+    Args:
+        trainer: The `PreferenceTrainer`.
+        settings: The section ``samples``.
+        datasets: The ``datasets`` entries as written.
+
+    Raises:
+        ConfigError: If a prompt cannot be rendered, or there is no evaluation data.
+    """
+    if settings.prompts != "eval":
+        found = read_prompts(settings.prompts, KEY)
+        if not (datasets[0].get("type") == "dpo_plugin.text" and all(isinstance(prompt, str) for prompt in found)):
+            rows = islice(trainer.train_dataset, 8)
+            check_rendered_as_trained(rows, trainer.processing_class, datasets, settings.prompts)
+        return [render_prompt(prompt, trainer.processing_class, datasets, settings.prompts) for prompt in found]
+    evaluation = (data for name, data in named_datasets(trainer) if name.startswith("evaluation"))
+    prompts = prompts_of_pairs(chain.from_iterable(evaluation), settings.count)
+    if not prompts:
+        raise ConfigError(f"`{KEY}: eval` finds no evaluation data. Write: prompts: <file>")
+    return prompts
+
+
+def make_sampler(trainer: Any, settings: SamplesConfig, seed: int) -> Sampler:
+    """A sampler on a trainer's policy and reference."""
+    tokenizer = trainer.processing_class
+    options = AnswerOptions(
+        max_new_tokens=settings.max_new_tokens,
+        stop_ids=_stop_ids(trainer),
+        pad_token_id=tokenizer.pad_token_id,
+        temperature=settings.temperature,
+        seed=seed,
+    )
+    flat, chunk = trainer.data_collator.flat, trainer._settings.config.compute.logits_chunk
+    return Sampler(trainer.reference.strategy, tokenizer, options, trainer.beta, flat, chunk)
+
+
+def _stop_ids(trainer: Any) -> tuple[int, ...]:
+    """What ends an answer: the tokenizer's and the model's end tokens, and what ends the answers of the data."""
+    own = getattr(trainer.model.generation_config, "eos_token_id", None)
+    found = {trainer.processing_class.eos_token_id, *(own if isinstance(own, list) else [own])}
+    for _, data in named_datasets(trainer):
+        found |= {row["chosen_ids"][-1] for row in islice(data, 1)}
+    return tuple(sorted(found - {None}))
+
+
+# ── during training ──
+
+
+class SamplesCallback(TrainerCallback):  # type: ignore[misc]
+    """Every so many steps, and at the last: policy's and reference's answers to the console, a file and the trackers.
+
+    The main process does it alone, on the unwrapped model; other ranks wait in their next exchange.
+
+    Args:
+        trainer: The `PreferenceTrainer`.
+        settings: The section ``samples``.
+    """
+
+    def __init__(self, trainer: Any, settings: SamplesConfig):
+        self.trainer = trainer
+        self.settings = settings
+        self._prompts: list[list[int]] = []
+        self._last: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Make the prompts ready."""
+        trainer = self.trainer
+        if trainer.is_fsdp_enabled:  # by accelerate's own settings; the YAML's are refused before weights are read
+            raise refusal("FSDP")
+        self._last = state.global_step
+        self._prompts = prompt_ids(trainer, self.settings, trainer._settings.datasets)
+        if state.is_world_process_zero:
+            with may_fail(Path(args.output_dir) / SAMPLES):
+                keep_until(Path(args.output_dir) / SAMPLES, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take samples if they are due; the last before trackers close."""
+        if state.global_step % self.settings.every_steps == 0 or state.global_step >= state.max_steps:
+            self._take(args, state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take them of a run that was stopped early."""
+        self._take(args, state)
+
+    def _take(self, args: Any, state: Any) -> None:
+        if state.global_step == self._last:
+            return
+        self._last = state.global_step
+        if not state.is_world_process_zero:
+            return
+        trainer = self.trainer
+        sampler = make_sampler(trainer, self.settings, seed=args.seed + state.global_step)
+        with trainer.accelerator.autocast():
+            samples = sampler(trainer.model, self._prompts, state.global_step)
+        file = Path(args.output_dir) / SAMPLES
+        with may_fail(file):
+            append_samples(file, samples)
+        Console().print(samples_table(samples, f"dpo_plugin: samples at step {state.global_step}"))
+        send_to_trackers(trainer.callback_handler.callbacks, samples, state.global_step)
+
+
+def send_to_trackers(callbacks: Sequence[Any], samples: Sequence[Sample], step: int) -> None:
+    """Show samples in Weights & Biases and TensorBoard, through those of their callbacks that are set up."""
+    rows = [sample.row() for sample in samples]
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_text("samples", samples_markdown(samples), step)
+        elif isinstance(callback, WandbCallback) and callback._wandb is not None and callback._wandb.run is not None:
+            table = callback._wandb.Table(columns=list(COLUMNS), data=rows)
+            callback._wandb.log({"samples": table, "train/global_step": step})

@@ -1,0 +1,157 @@
+"""``axolotl dpo …``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from itertools import chain, islice
+from typing import Any
+
+import click
+
+from dpo_plugin.errors import DPOPluginError
+
+
+@click.group()
+def dpo() -> None:
+    """Preference tuning: look at data, references and results."""
+
+
+def explained(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Print what a command returns, alone on stdout; show our errors as one message instead of a traceback.
+
+    The host and its libraries log to stdout; what they say while the command works goes to stderr.
+    """
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                result = command(*args, **kwargs)
+            show(result)
+        except DPOPluginError as error:
+            raise click.ClickException(str(error)) from error
+
+    return run
+
+
+def show(result: Any) -> None:
+    """JSON for a dict, as one line; rich tables and texts for a list."""
+    if isinstance(result, dict):
+        click.echo(json.dumps(result, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False)
+    for part in result:
+        console.print(part, markup=False, emoji=False) if isinstance(part, str) else console.print(part)
+
+
+@dpo.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@explained
+def plugins(as_json: bool) -> Any:
+    """Show every registered format, reference strategy, loss and metric, and who brought it."""
+    from dpo_plugin.registry import get_registry
+
+    registry = get_registry()
+    kinds = {kind: getattr(registry, kind) for kind in registry.__dataclass_fields__}
+    if as_json:
+        return {kind: {name: names.owner(name) for name in names} for kind, names in kinds.items()}
+    from rich.table import Table
+
+    table = Table("kind", "name", "owner", title="dpo_plugin: what is registered")
+    for kind, names in kinds.items():
+        for name in names:
+            table.add_row(kind.replace("_", " "), name, names.owner(name))
+    return [table]
+
+
+@dpo.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@click.option("--rows", type=click.IntRange(min=0), default=3, show_default=True, help="How many pairs to show.")
+@click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@explained
+def preview(config: str, rows: int, split: str, as_json: bool) -> Any:
+    """Show pairs of CONFIG as the model will see them, then the data audit; loads the tokenizer only."""
+    from dpo_plugin.data.audit import audit_lines
+    from dpo_plugin.host.commands.config_file import read_config
+    from dpo_plugin.host.commands.preview import pair_record, pair_text
+    from dpo_plugin.host.datasets import prepare_all
+
+    cfg, settings = read_config(config)
+    tokenizer, parts, audits = prepare_all(cfg, settings)
+    chosen = parts["datasets" if split == "train" else "test_datasets"]
+    shown = list(islice(chain.from_iterable(chosen), rows))
+    if as_json:
+        return {"pairs": [pair_record(row, tokenizer) for row in shown], "audit": audits}
+    side = settings.config.data.truncation_side
+    pairs = [line for row in shown for line in pair_text(row, tokenizer, side)]
+    return [*pairs, "── data audit", *audit_lines(audits)]
+
+
+@dpo.command()
+@click.argument("runs", nargs=-1, required=True, metavar="OUTPUT_DIR...")
+@click.option("--out", type=click.Path(dir_okay=False), help="HTML file. Default: report.html in the first folder.")
+@click.option(
+    "--png", type=click.Path(file_okay=False), help="Also write each chart of the first run into this folder."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print verdict, findings and files as JSON.")
+@explained
+def report(runs: tuple[str, ...], out: str | None, png: str | None, as_json: bool) -> Any:
+    """Write one page about a run, or about several side by side; loads no model."""
+    from pathlib import Path
+
+    from dpo_plugin.registry import get_registry
+    from dpo_plugin.report.report import verdict, write_pngs, write_report
+    from dpo_plugin.report.run_folder import read_run
+
+    checks = get_registry().health_checks
+    records = [read_run(run, checks, checks.owner) for run in runs]
+    page = write_report(records, out or Path(runs[0]) / "report.html")
+    charts = write_pngs(records[0], png) if png else []
+    if as_json:
+        found = [
+            {"run": run.name, "verdict": verdict(run)[0], "findings": [one.to_dict() for one in run.findings]}
+            for run in records
+        ]
+        return {"report": str(page), "charts": [str(chart) for chart in charts], "runs": found}
+    said = [f"{run.name}: {verdict(run)[1]}" for run in records]
+    return [*said, *(note for run in records for note in run.notes), f"report: {page}"]
+
+
+@dpo.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--prompts", metavar="FILE", help="Prompts: JSON lines or text. Default: of `samples`, or held-out pairs."
+)
+@click.option("--checkpoint", metavar="DIR", help="The policy. Default: output_dir.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@explained
+def compare(config: str, prompts: str | None, checkpoint: str | None, as_json: bool) -> Any:
+    """Show answers of policy and reference side by side, and accuracy and margin on held-out pairs, by source."""
+    from dpo_plugin.host.commands.compare import compare as run
+
+    found = run(config, prompts, checkpoint)
+    return found.to_dict() if as_json else found.parts()
+
+
+@dpo.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@click.option("--gpus", type=int, required=True, help="GPUs of the node, one process each.")
+@click.option("--gpu-memory", type=float, required=True, help="Memory of each in GiB.")
+@click.option("--host-memory", type=float, help="Memory of the node in GiB.  [default: this machine's]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@explained
+def plan(config: str, gpus: int, gpu_memory: float, host_memory: float | None, as_json: bool) -> Any:
+    """Say what CONFIG needs per GPU with each engine, and what to write; reads no weights and needs no GPU."""
+    from dpo_plugin.host.yaml_keys import read_yaml, typed
+    from dpo_plugin.plan.planner import make_plan
+    from dpo_plugin.plan.table import plan_report
+
+    made = make_plan(typed(read_yaml(config)), config, gpus, gpu_memory, host_memory)
+    return made if as_json else plan_report(made)

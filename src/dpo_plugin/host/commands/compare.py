@@ -1,0 +1,262 @@
+"""``axolotl dpo compare``: what a finished run changed, from one load of the base model."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from axolotl.cli.config import gpu_capabilities, plugin_set_cfg, prepare_plugins
+from axolotl.common.datasets import TrainDatasetMeta, load_preference_datasets
+from axolotl.integrations.base import PluginManager
+from axolotl.train import setup_model_and_tokenizer, setup_reference_model
+from axolotl.utils.config import normalize_cfg_datasets, normalize_config, validate_config
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.trainer import setup_trainer
+from safetensors.torch import load_file
+
+from dpo_plugin.compute.batching import to_pair_batch
+from dpo_plugin.compute.logps import pair_logps
+from dpo_plugin.errors import CheckpointError, ConfigError
+from dpo_plugin.host import datasets as host_datasets
+from dpo_plugin.host.callbacks.samples import make_sampler, prompt_ids
+from dpo_plugin.host.command import ENGINE_KEYS
+from dpo_plugin.host.commands import config_file as configs
+from dpo_plugin.host.output_dir.checkpoints import read_marker
+from dpo_plugin.host.output_dir.resume import REFERENCE_STATE
+from dpo_plugin.host.plugin import DPOPlugin
+from dpo_plugin.host.settings import RunSettings
+from dpo_plugin.host.yaml_keys import read_yaml, typed
+from dpo_plugin.metrics.pair import accuracy, margin
+from dpo_plugin.model.adapters import AdapterFolder
+from dpo_plugin.model.references import ReferenceStrategy
+from dpo_plugin.samples.records import Sample, read_prompts, samples_table
+
+# One process loads the model, and nothing is logged anywhere.
+_LEFT_OUT = (
+    *ENGINE_KEYS, "use_wandb", "wandb_project", "use_mlflow", "use_comet", "use_trackio", "use_tensorboard",
+    "resume_from_checkpoint", "auto_resume_from_checkpoints",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What held-out pairs say of a policy.
+
+    Attributes:
+        accuracy: Share of pairs whose chosen reward is above the rejected one.
+        margin: Mean of chosen's reward minus rejected's.
+        pairs: How many pairs.
+    """
+
+    accuracy: float
+    margin: float
+    pairs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        policy: Folder of the policy.
+        reference: Strategy and identity of the reference.
+        note: What the reader has to know of the reference, or None.
+        samples: Answers.
+        held_out: Of all held-out pairs, or None if there are none.
+        by_source: The same by source.
+    """
+
+    policy: str
+    reference: str
+    note: str | None
+    samples: Sequence[Sample]
+    held_out: Figures | None
+    by_source: Mapping[str, Figures]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+    def parts(self) -> list[Any]:
+        """Texts and tables for the terminal."""
+        from rich.table import Table
+        from rich.text import Text
+
+        head = [f"policy: {self.policy}", f"reference: {self.reference}", *([self.note] if self.note else [])]
+        answers = samples_table(self.samples, "Answers")
+        if self.held_out is None:
+            return [*head, answers, "no held-out data: the config has neither test_datasets nor val_set_size"]
+        table = Table("held-out", "accuracy", "margin", "pairs", title="Held-out pairs")
+        for name, figures in {"all": self.held_out, **self.by_source}.items():
+            table.add_row(Text(name), f"{figures.accuracy:.3f}", f"{figures.margin:+.3f}", str(figures.pairs))
+        return [*head, answers, table]
+
+
+def compare(config: str | Path, prompts: str | None = None, checkpoint: str | None = None) -> Comparison:
+    """Let the policy that a config has trained, and the reference that it names, answer; and measure held-out pairs.
+
+    Args:
+        config: The config of the run; what splits the model over ranks in it is left out.
+        prompts: A file of prompts; by default those of the section ``samples``, else of the evaluation data.
+        checkpoint: Folder of the policy; by default ``output_dir``.
+
+    Raises:
+        DPOPluginError: If the policy, the reference or the prompts are missing, before a model is loaded.
+    """
+    if prompts is not None:
+        read_prompts(prompts, "--prompts")
+    raw = _raw_config(Path(config), prompts)
+    folder = _policy_folder(raw, checkpoint)
+    cfg, settings = _load(raw, folder)
+    return _measure(_trainer(cfg, settings, folder), settings, folder)
+
+
+def _raw_config(path: Path, prompts: str | None) -> Any:
+    """The YAML for one process, with a section ``samples``.
+
+    Raises:
+        ConfigError: If it does not use dpo_plugin.
+    """
+    raw = read_yaml(path)
+    if "dpo_plugin.DPOPlugin" not in (typed(raw).get("plugins") or []):
+        raise ConfigError(f"{path} does not use dpo_plugin. Write: plugins: [dpo_plugin.DPOPlugin]")
+    raw = {key: value for key, value in raw.items() if key not in _LEFT_OUT}
+    section = raw.get("dpo_plugin") or {}
+    if isinstance(section, dict):  # whatever else it is, the check of the config says so
+        samples = section.get("samples") or {}
+        if prompts is not None and isinstance(samples, dict):
+            samples = {**samples, "prompts": prompts}
+        raw["dpo_plugin"] = {**section, "samples": samples}
+    return DictDefault(raw)
+
+
+def _policy_folder(raw: Mapping[str, Any], checkpoint: str | None) -> Path:
+    """Where the policy is.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    folder = Path(checkpoint or str(raw.get("output_dir"))).expanduser()
+    file = "adapter_config.json" if raw.get("adapter") else "config.json"
+    if not (folder / file).is_file():
+        named = f"--checkpoint {checkpoint}" if checkpoint else f"output_dir: {raw.get('output_dir')}"
+        raise ConfigError(
+            f"`axolotl dpo compare` needs the trained policy, and `{named}` holds no {file}. Train first, or write: "
+            "--checkpoint <folder>"
+        )
+    return folder
+
+
+def _load(raw: Any, folder: Path) -> tuple[Any, RunSettings]:
+    """The validated config for this machine, and our settings with the trained policy in the policy's place.
+
+    Raises:
+        DPOPluginError: For what the config alone shows to be wrong.
+        CheckpointError: If the reference has moved and the folder does not hold it.
+    """
+    configs._quiet()
+    PluginManager.get_instance().plugins.clear()
+    prepare_plugins(raw)
+    plugin = DPOPlugin.active()
+    settings = plugin.run_settings()
+    if raw.get("adapter"):
+        settings = replace(settings, policy=AdapterFolder.open(folder, "--checkpoint"))
+    moves = settings.strategy.state is not ReferenceStrategy.state
+    if moves and not (folder / REFERENCE_STATE).is_file():
+        raise CheckpointError(
+            f"the reference of the strategy {settings.strategy_name!r} moves in training, and {folder} does not hold "
+            f"it ({REFERENCE_STATE}); checkpoints do. Write: --checkpoint {raw.get('output_dir')}/checkpoint-<step>"
+        )
+    plugin.settings = settings
+    cfg = validate_config(raw, *gpu_capabilities())
+    normalize_config(cfg)
+    normalize_cfg_datasets(cfg)
+    plugin_set_cfg(cfg)
+    return cfg, settings
+
+
+def _trainer(cfg: Any, settings: RunSettings, folder: Path) -> Any:
+    """The run's own trainer, with the base model loaded once; of full fine-tuning, policy and base."""
+    data = _datasets(cfg, settings)
+    of_policy = copy.deepcopy(cfg)
+    if not cfg.adapter:
+        of_policy.base_model = of_policy.base_model_config = str(folder)
+    model, tokenizer, peft_config, processor = setup_model_and_tokenizer(of_policy)
+    trainer = setup_trainer(
+        cfg=cfg,
+        train_dataset=data.train_dataset,
+        eval_dataset=data.eval_dataset,
+        model=model,
+        tokenizer=tokenizer,
+        processor=processor,
+        total_num_steps=data.total_num_steps,
+        model_ref=setup_reference_model(cfg, tokenizer, processor),
+        peft_config=peft_config,
+    )
+    state = folder / REFERENCE_STATE
+    if state.is_file():
+        trainer.reference.strategy.load_state(load_file(state))
+    trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # places it, as `Trainer.evaluate` does
+    trainer.model.eval()
+    return trainer
+
+
+def _datasets(cfg: Any, settings: RunSettings) -> TrainDatasetMeta:
+    """The run's data; the audit in ``output_dir`` stays the one of the training."""
+    with tempfile.TemporaryDirectory() as folder:
+        elsewhere = DictDefault({**cfg, "output_dir": folder})
+        return host_datasets.load_datasets(elsewhere, settings) or load_preference_datasets(cfg=cfg)
+
+
+def _measure(trainer: Any, settings: RunSettings, folder: Path) -> Comparison:
+    samples = settings.config.samples
+    assert samples is not None
+    prompts = prompt_ids(trainer, samples, settings.datasets)
+    with trainer.accelerator.autocast():
+        answers = make_sampler(trainer, samples, trainer.args.seed)(trainer.model, prompts)
+        found = held_out(trainer) if trainer.eval_dataset is not None else {}
+    facts = trainer.origin.reference
+    return Comparison(
+        policy=str(folder),
+        reference=" ".join(facts.values()),
+        note=_note(folder, facts),
+        samples=answers,
+        held_out=found.pop("", None),
+        by_source=found,
+    )
+
+
+def _note(folder: Path, facts: Mapping[str, str]) -> str | None:
+    """What to say where the policy was trained against another reference than the config names."""
+    made_with = (read_marker(folder) or {}).get("reference", facts)
+    if made_with == dict(facts):
+        return None
+    return f"note: the policy was trained against another reference: {' '.join(made_with.values())}"
+
+
+@torch.no_grad()
+def held_out(trainer: Any) -> dict[str, Figures]:
+    """Figures of the trainer's evaluation pairs: under "" of all, and by source if there are several."""
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for inputs in trainer.get_eval_dataloader():
+        for pack in inputs.get("packs", [inputs]):
+            batch = to_pair_batch(trainer._prepare_inputs(pack))
+            ref_logps = trainer.reference.logps(trainer.model, batch, trainer.reference_forward)
+            logps = pair_logps(trainer.reference_forward(trainer.model, batch), ref_logps, trainer.beta)
+            values = zip(batch.sources, accuracy(logps).tolist(), margin(logps).tolist(), strict=True)
+            for source, *pair in values:
+                found[source].append((pair[0], pair[1]))
+    everything = [pair for pairs in found.values() for pair in pairs]
+    by_source = {source or "(none)": _figures(found[source]) for source in sorted(found)} if len(found) > 1 else {}
+    return {"": _figures(everything), **by_source} if everything else {}
+
+
+def _figures(pairs: Sequence[tuple[float, float]]) -> Figures:
+    accuracies, margins = zip(*pairs, strict=True)
+    return Figures(sum(accuracies) / len(pairs), sum(margins) / len(pairs), len(pairs))

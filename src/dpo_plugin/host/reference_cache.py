@@ -1,0 +1,76 @@
+"""The store of reference log-probs of one run."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from axolotl.integrations.base import PluginManager
+
+from dpo_plugin.compute import attention, batching, logps
+from dpo_plugin.compute import lm_head as head
+from dpo_plugin.host.log import LOG
+from dpo_plugin.host.settings import RunSettings
+from dpo_plugin.model.cache import ReferenceLogpStore, config_digest, rope_limit, store_key, weights_digest
+from dpo_plugin.model.references import ReferenceStrategy
+
+
+def open_store(
+    settings: RunSettings, strategy: ReferenceStrategy, base: str, config: Any, longest: Callable[[], int]
+) -> ReferenceLogpStore | None:
+    """The store for this base, reference, precision and code; None if the reference's log-probs are not kept.
+
+    With ``precompute_ref_log_probs`` and ``cache: false`` they are kept in memory.
+
+    Args:
+        settings: The run's settings.
+        strategy: The reference.
+        base: The `base_identity`.
+        config: The base model's config as loaded.
+        longest: Gives the tokens of the longest row, padding included.
+    """
+    cfg = PluginManager.get_instance().cfg
+    if not strategy.fixed or (settings.kept_in is None and not cfg.precompute_ref_log_probs):
+        return None
+    limit = rope_limit(config)
+    if limit is not None and longest() > limit:
+        LOG.warning(
+            "dpo_plugin: reference log-probs are not kept. This model's rotary frequencies depend on the longest row "
+            f"of a batch as soon as it has more than {limit} tokens, and so do the log-probs of all rows beside it. To "
+            f"keep them, write: sequence_len: {limit}"
+        )
+        return None
+    source = "".join(map(inspect.getsource, (attention, batching, head, logps)))
+    key = store_key(
+        base=base,
+        quantisation=[cfg.load_in_4bit, cfg.load_in_8bit, cfg.bnb_config_kwargs],
+        reference=[settings.strategy_name, strategy.identity()],
+        dtype=[str(cfg.torch_dtype), cfg.bf16, cfg.fp16],
+        ld_alpha=settings.config.loss.ld_alpha,
+        code=hashlib.sha256(source.encode()).hexdigest(),
+    )
+    return ReferenceLogpStore(settings.kept_in / "reference_logps" if settings.kept_in else None, key)
+
+
+def rounding() -> float:
+    """Most that two forwards of one model, in batches of other shapes, may differ: nats per square root of a token.
+
+    Eight times the spacing of the numbers that the run multiplies. 16-bit training and serving of one model differ by a
+    Kullback-Leibler divergence of about 8e-4 nats a token in bf16 (arXiv 2510.26788), which is 0.04 in this unit.
+    """
+    cfg = PluginManager.get_instance().cfg
+    if cfg.bf16 or cfg.load_in_4bit or cfg.load_in_8bit or "bfloat16" in str(cfg.torch_dtype):
+        return 8 * torch.finfo(torch.bfloat16).eps
+    narrow = cfg.fp16 or "float16" in str(cfg.torch_dtype) or cfg.tf32
+    return 8 * torch.finfo(torch.float16).eps if narrow else 1e-3
+
+
+def base_identity(base: Any) -> str:
+    """SHA-256 of the base model as loaded: its config, and a local folder's weights or name and commit on the hub."""
+    folder = Path(str(base.config.name_or_path))
+    commit = f"{base.config.name_or_path}@{getattr(base.config, '_commit_hash', None)}"
+    return store_key(weights=weights_digest(folder) if folder.is_dir() else commit, config=config_digest(base.config))

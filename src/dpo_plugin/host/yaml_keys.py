@@ -1,0 +1,167 @@
+"""The keys of axolotl's YAML that dpo_plugin looks at, each in its type, before the host has validated anything.
+
+A key is as lenient as in the host's schema (numbers may be text, because YAML 1.1 reads ``1e-5`` as such), except where
+the host lets nonsense through that fails later or trains something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from axolotl.utils.schemas.enums import ChatTemplate
+from pydantic import AfterValidator, Field, ValidationError
+
+from dpo_plugin.config import Role
+from dpo_plugin.engines.config import DeepSpeed
+from dpo_plugin.errors import ConfigError
+from dpo_plugin.validation import Count, Folder, HostKeys, Integer, Name, Real, Text, Unset, message
+
+DATA_SUFFIXES = {".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt"}
+
+
+def _template(name: str) -> str:
+    if name not in ChatTemplate.__members__ and not name.startswith("tokenizer_default_fallback_"):
+        raise ValueError("should be one of axolotl's chat templates")
+    return name
+
+
+def _weights(weights: list[float]) -> list[float]:
+    if not any(weights):
+        raise ValueError("should have one above 0")
+    return weights
+
+
+def _data_path(path: str) -> str:
+    """Refuse a folder whose files are not data: all of them would be read for its digest."""
+    folder, here, home = Path(path).expanduser().resolve(), Path.cwd(), Path.home()
+    holds_data = folder == here and any(file.suffix in DATA_SUFFIXES for file in folder.iterdir())
+    if folder in (home, *home.parents, here, *here.parents) and not holds_data:
+        raise ValueError("should be a data set, not a folder that holds everything")
+    return path
+
+
+class DatasetEntry(HostKeys):
+    """An entry of ``datasets`` or ``test_datasets``."""
+
+    path: Annotated[Text, AfterValidator(_data_path)] = Field(examples=["data/preferences.jsonl"])
+    type: Text | dict[str, Any] | None = Field(None, examples=["dpo_plugin.chat"])
+    data_files: Text | list[Text] | None = Field(None, examples=[["data/preferences.jsonl"]])
+    ds_type: Literal["json", "csv", "parquet", "arrow", "text"] | None = Field(None, examples=["json"])
+    name: Name = Field(None, examples=["default"])
+    split: Name = Field(None, examples=["train"])
+    revision: Name = Field(None, examples=["main"])
+    field_messages: Name = Field(None, examples=["messages"])
+    field_chosen: Name = Field(None, examples=["chosen"])
+    field_rejected: Name = Field(None, examples=["rejected"])
+    message_property_mappings: dict[Text, Text] | None = Field(None, examples=[{"role": "from", "content": "value"}])
+    roles: dict[Role, list[Text]] | None = Field(None, examples=[{"user": ["human"]}])
+    chat_template: Annotated[Text, AfterValidator(_template)] | None = Field(None, examples=["chatml"])
+    chat_template_jinja: str | None = Field(None, examples=["template.jinja"])
+    shards: Annotated[Integer, Field(ge=1, le=1)] | None = Field(None, examples=[1])
+
+
+class FSDP(HostKeys):
+    """``fsdp_config``, whose keys may have the prefix ``fsdp_``."""
+
+    version: Integer | None = Field(None, examples=[2])
+    fsdp_version: Integer | None = Field(None, examples=[2])
+    offload_params: bool | None = Field(None, examples=[False])
+    fsdp_offload_params: bool | None = Field(None, examples=[False])
+    cpu_ram_efficient_loading: bool | None = Field(None, examples=[False])
+    fsdp_cpu_ram_efficient_loading: bool | None = Field(None, examples=[False])
+
+
+class RawConfig(HostKeys):
+    """The top level."""
+
+    plugins: list[Text] | None = Field(None, examples=[["dpo_plugin.DPOPlugin"]])
+    base_model: Name = Field(None, examples=["Qwen/Qwen2.5-7B-Instruct"])
+    base_model_config: Name = Field(None, examples=["Qwen/Qwen2.5-7B-Instruct"])
+    revision_of_model: Name = Field(None, examples=["main"])
+    trust_remote_code: bool | None = Field(None, examples=[False])
+    adapter: Name = Field(None, examples=["lora"])
+    load_in_4bit: bool | None = Field(None, examples=[True])
+    load_in_8bit: bool | None = Field(None, examples=[False])
+    bnb_config_kwargs: dict[str, Any] | None = Field(None, examples=[{"bnb_4bit_quant_type": "nf4"}])
+    embeddings_skip_upcast: bool | None = Field(None, examples=[True])
+    lora_model_dir: Name = Field(None, examples=["./SFT_LoRA"])
+    lora_r: Count | None = Field(None, examples=[16])
+    lora_alpha: Annotated[Real, Field(gt=0)] | None = Field(None, examples=[16])
+    lora_target_linear: bool | None = Field(None, examples=[True])
+    lora_target_modules: Text | list[Text] | None = Field(None, examples=[["q_proj", "v_proj"]])
+    lora_modules_to_save: list[Text] | None = Field(None, examples=[["embed_tokens", "lm_head"]])
+    rl_beta: Real | None = Field(None, examples=[0.1])
+    dpo_loss_type: Annotated[list[Text], Field(min_length=1)] | None = Field(None, examples=[["sigmoid"]])
+    dpo_loss_weights: (
+        Annotated[list[Annotated[Real, Field(ge=0)]], Field(min_length=1), AfterValidator(_weights)] | None
+    ) = Field(None, examples=[[1.0]])
+    dpo_label_smoothing: Real | None = Field(None, examples=[0.1])
+    dpo_use_liger_kernel: bool | None = Field(None, examples=[False])
+    datasets: list[DatasetEntry] | None = Field(
+        None, examples=[[{"path": "data/preferences.jsonl", "type": "dpo_plugin.chat"}]]
+    )
+    test_datasets: list[DatasetEntry] | None = Field(
+        None, examples=[[{"path": "data/held_out.jsonl", "type": "dpo_plugin.chat"}]]
+    )
+    val_set_size: Annotated[Real, Field(ge=0, lt=1)] | None = Field(None, examples=[0.05])
+    dataset_prepared_path: Annotated[Folder | None, Unset] = Field(None, examples=["last_run_prepared"])
+    output_dir: Annotated[Folder | None, Unset] = Field(None, examples=["./outputs/dpo"])
+    chat_template: Annotated[Text, AfterValidator(_template)] | None = Field(None, examples=["chatml"])
+    chat_template_kwargs: dict[str, Any] | None = Field(None, examples=[{"enable_thinking": False}])
+    sequence_len: Count | None = Field(None, examples=[2048])
+    micro_batch_size: Count | None = Field(None, examples=[1])
+    gradient_accumulation_steps: Count | None = Field(None, examples=[16])
+    num_epochs: Annotated[Real, Field(gt=0)] | None = Field(None, examples=[1])
+    seed: Annotated[Integer, Field(ge=0, lt=2**32)] | None = Field(None, examples=[42])
+    optimizer: Name = Field(None, examples=["adamw_torch_fused"])
+    gradient_checkpointing: bool | Text | None = Field(None, examples=[True])
+    attn_implementation: Name = Field(None, examples=["sdpa"])
+    torch_compile: bool | Text | None = Field(None, examples=[False])
+    context_parallel_size: Annotated[Integer, Field(ge=0)] | None = Field(None, examples=[1])
+    sequence_parallel_degree: Annotated[Integer, Field(ge=0)] | None = Field(None, examples=[1])
+    tensor_parallel_size: Annotated[Integer, Field(ge=0)] | None = Field(None, examples=[1])
+    deepspeed: Annotated[Text | DeepSpeed | None, Unset] = Field(None, examples=["deepspeed_configs/zero3_bf16.json"])
+    fsdp_version: Integer | None = Field(None, examples=[2])
+    fsdp_config: FSDP | None = Field(None, examples=[{"version": 2, "reshard_after_forward": True}])
+
+
+def typed(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A raw config with every key that we look at in its type; the other keys as they are.
+
+    Raises:
+        ConfigError: Naming the first key whose value cannot be what the key means, and the line to write.
+    """
+    try:
+        return RawConfig.model_validate(
+            {key: _plain(value) for key, value in cfg.items() if isinstance(key, str)}
+        ).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        raise ConfigError(message(error, RawConfig)) from error
+
+
+def _plain(value: Any) -> Any:
+    """Without the host's DictDefault, whose every attribute is there and None, which pydantic takes for its own."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list) else value
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A config file.
+
+    Raises:
+        ConfigError: If it is no YAML, or YAML that is not keys and values.
+    """
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{path} cannot be read as YAML: {reason}. Write: plugins: [dpo_plugin.DPOPlugin]") from error
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"{path} is a {type(found).__name__}, not keys with values. Write: plugins: [dpo_plugin.DPOPlugin]"
+        )
+    return found

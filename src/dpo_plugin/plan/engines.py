@@ -1,0 +1,205 @@
+"""Bytes that DDP, ZeRO-3 and FSDP2 hold beside activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from dpo_plugin.plan.memory import Sizes
+
+
+@dataclass(frozen=True)
+class Run:
+    """What decides how a model is held.
+
+    Attributes:
+        ranks: Processes, one per GPU, on one node.
+        bits: 4 or 8 bits per quantised weight, or None.
+        double_quant: Whether NF4's block maxima are quantised again.
+        packed: Bytes per element of the tensor that 4-bit weights are packed in.
+        width: Bytes per value of the base model, 2 or 4.
+        moments: Bytes of optimizer states per trained value; None for AdamW, two of the value's own dtype.
+        fused: Whether the optimizer's step makes no copy of a state.
+        upcast: Whether axolotl takes embeddings, norms and head to fp32 when it has loaded them.
+        stays_fp32: Whether they stay so, as in full fine-tuning on one GPU or DDP.
+        second_model: Whether the reference is a model of its own.
+    """
+
+    ranks: int
+    bits: int | None = None
+    double_quant: bool = True
+    packed: int = 2
+    width: int = 2
+    moments: float | None = None
+    fused: bool = False
+    upcast: bool = True
+    stays_fp32: bool = False
+    second_model: bool = False
+
+    def states(self, values: int, width: float) -> int:
+        """Bytes of optimizer states of so many values of so many bytes each."""
+        return int(values * (2 * width if self.moments is None else self.moments))
+
+
+@dataclass(frozen=True)
+class Zero3:
+    """ZeRO-3's settings, in values unless said otherwise; defaults of deepspeed/runtime/zero/config.py."""
+
+    persistence: int = 100_000
+    prefetch: int = 50_000_000
+    bucket: int = 500_000_000
+    live: int = 10**9
+    reuse: int = 10**9
+    sub_group: int = 10**9
+    width: int = 2  # bytes per value of what is not quantised
+    offload_parameters: bool = False
+    offload_optimizer: bool = False
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that an engine holds; activations and what CUDA itself takes come on top.
+
+    Attributes:
+        parts: On each GPU from the second step on, by what it is.
+        load: The most on each GPU before the first step.
+        host: The most on the host, for all ranks.
+        update: What the optimizer's step takes above ``parts``, when activations are gone.
+    """
+
+    parts: dict[str, int]
+    load: int
+    host: int = 0
+    update: int = 0
+
+
+def linear_bytes(sizes: Sizes, run: Run) -> tuple[int, int]:
+    """Bytes of the linear weights, and of the states of their quantisation.
+
+    NF4 has a maximum per block of 64 weights: fp32, or with double quantisation 8 bits and fp32 per 256 of them
+    (arXiv 2305.14314, section 3); 8 bits have an fp32 scale per row (arXiv 2208.07339).
+    """
+    if run.bits == 4:
+        blocks = [-(-n // 64) for n in sizes.linear]
+        states = sum(b + 4 * -(-b // 256) for b in blocks) if run.double_quant else 4 * sum(blocks)
+        return sum(-(-n // 2) for n in sizes.linear), states
+    return (sum(sizes.linear), 4 * sizes.rows) if run.bits == 8 else (sum(sizes.linear) * run.width, 0)
+
+
+def one_in_full(sizes: Sizes, run: Run) -> int:
+    """Bytes of the largest quantised weight in full, as backward makes it (bitsandbytes, MatMul4Bit.backward)."""
+    return max(sizes.linear) * run.width if run.bits else 0
+
+
+def load_whole(sizes: Sizes, run: Run, upcast: bool) -> int:
+    """The most while a rank loads the whole model onto its GPU and attaches the adapters in fp32.
+
+    Quantising holds one weight in full (transformers/core_model_loading.py takes no threads then). axolotl takes
+    embeddings, norms and head to fp32 and back (axolotl/loaders/model.py, _configure_embedding_dtypes).
+    """
+    base = sum(linear_bytes(sizes, run)) + sum(sizes.other) * run.width
+    wider = sum(sizes.other) * (4 - run.width) + max(sizes.other) * run.width if upcast and run.width < 4 else 0
+    adapters = 4 * (sum(sizes.policy) + sum(sizes.reference))
+    return base + max(one_in_full(sizes, run), wider, adapters)
+
+
+def ddp(sizes: Sizes, run: Run) -> Held:
+    """Everything on every rank; with more than one rank, gradients once more in DDP's buckets."""
+    base = sum(linear_bytes(sizes, run)) + sum(sizes.other) * (4 if run.stays_fp32 else run.width)
+    trained = 4 * sum(sizes.policy) or base
+    second = base if run.second_model else 0
+    parts = {
+        "base weights": base,
+        "reference model": second,
+        "adapters": 4 * (sum(sizes.policy) + sum(sizes.reference)),
+        "gradients": trained,
+        "optimizer": run.states(sizes.trained, trained / sizes.trained),
+        "communication": trained if run.ranks > 1 else 0,
+        "weight in full": one_in_full(sizes, run),
+    }
+    return Held(parts, second + load_whole(sizes, run, run.upcast), 0, 0 if run.fused else trained)
+
+
+def zero3(sizes: Sizes, run: Run, zero: Zero3) -> Held:
+    """Parameters, gradients and optimizer states in equal parts, but not everything.
+
+    DeepSpeed partitions ``param.data``, so a quantised weight's states stay whole. So does, beside its partition, a
+    parameter of at most ``persistence`` values (parameter_offload.py). Gathered are at most ``live`` values, or
+    ``reuse`` that are needed again soon, or the largest, and ``prefetch`` (partitioned_param_coordinator.py).
+    """
+    width, ranks, copies = zero.width, run.ranks, 1 + run.second_model
+    linear, states = linear_bytes(sizes, replace(run, width=width))
+    element = {4: run.packed, 8: 1}.get(run.bits or 0, width)
+    per_value = linear / sum(sizes.linear) / element
+    base = [(round(n * per_value), element) for n in sizes.linear] + [(n, width) for n in sizes.other]
+    adapters = [(n, width) for n in (*sizes.policy, *sizes.reference)]
+    total, total_adapters = _bytes(base), _bytes(adapters)
+    small, small_adapters = (_bytes((n, w) for n, w in g if n <= zero.persistence) for g in (base, adapters))
+    window = width * (max(zero.live, zero.reuse, max(n for n, _ in base)) + zero.prefetch)
+    shard, own = total // ranks, -(-sizes.trained // ranks)
+    on_gpu, states_on_gpu = not zero.offload_parameters, not zero.offload_optimizer
+    half = width < 4  # then fp32 values, and the fp32 gradient of one sub-group, are kept beside those of half width
+    master, gradients = 4 * own * half, width * own + 4 * min(own, zero.sub_group) * half
+    moments = run.states(own, 4)
+    parts = {
+        "base weights": shard * on_gpu + small + states,
+        "reference model": (shard * on_gpu + small) * run.second_model,
+        "adapters": total_adapters // ranks * on_gpu + small_adapters,
+        "master weights": master * states_on_gpu,
+        "gradients": gradients * states_on_gpu,
+        "optimizer": moments * states_on_gpu,
+        "communication": copies * min(total - small, window) + width * (zero.bucket + min(sizes.trained, zero.bucket)),
+        "weight in full": one_in_full(sizes, run),
+    }
+    host = ranks * (copies * shard + total_adapters // ranks) * (not on_gpu)
+    host += ranks * (master + gradients + moments) * (not states_on_gpu)
+    if run.bits:  # transformers skips zero.Init for quantised models (modeling_utils.py, get_init_context)
+        load = load_whole(sizes, run, run.upcast)
+    else:
+        load = copies * shard * on_gpu + 2 * width * max(n for n, _ in base)
+        load += 4 * (sum(sizes.policy) + sum(sizes.reference))
+    return Held(parts, load, host, 4 * own * states_on_gpu * (not run.fused))
+
+
+def _bytes(elements: Iterable[tuple[int, int]]) -> int:
+    return sum(number * width for number, width in elements)
+
+
+def fsdp2(sizes: Sizes, run: Run, offload: bool, one_rank_loads: bool) -> Held:
+    """All in equal parts, but quantisation states, embeddings and head, and up to three decoder layers.
+
+    Chunks of a 4-bit weight keep its whole states (bitsandbytes, Params4bit). What is in no decoder layer is whole
+    from forward to backward. Whole are also the layer in use, the buffer it came from and the next one's
+    (torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py, wait_for_unshard).
+
+    Args:
+        sizes: The model.
+        run: How it is held.
+        offload: Whether shards live on the host.
+        one_rank_loads: ``cpu_ram_efficient_loading``; otherwise every rank reads the model.
+    """
+    ranks, width, copies, on_gpu = run.ranks, run.width, 1 + run.second_model, not offload
+    linear, states = linear_bytes(sizes, run)
+    base = linear + sum(sizes.other) * width
+    root = (sum(sizes.other) - sizes.layers * sizes.layer_other) * width
+    layer = linear * sizes.layer_linear // sum(sizes.linear) + sizes.layer_other * width
+    layer += sum(sizes.reference) * width // sizes.layers
+    full = not sizes.policy
+    trained = (base if full else 4 * sum(sizes.policy)) // ranks
+    moments = run.states(sizes.trained // ranks, width if full else 4)
+    parts = {
+        "base weights": base // ranks * on_gpu + states,
+        "reference model": base // ranks * on_gpu * run.second_model,
+        "adapters": (4 * sum(sizes.policy) + width * sum(sizes.reference)) // ranks * on_gpu,
+        "gradients": trained * on_gpu,
+        "optimizer": moments * on_gpu,
+        "communication": (copies + full) * root + (3 + 2 * full) * layer,
+        "weight in full": one_in_full(sizes, run),
+    }
+    kept = copies * base + 4 * sum(sizes.policy) + width * sum(sizes.reference)
+    host = kept + ranks * (trained + moments) if offload else 0
+    if run.bits:
+        return Held(parts, load_whole(sizes, run, False), host, trained * on_gpu * (not run.fused))
+    load = copies * base // ranks * on_gpu + max(2 * max(*sizes.linear, *sizes.other) * width, root, layer)
+    reading = copies * base * (1 if one_rank_loads else ranks)
+    return Held(parts, load, max(host, reading), trained * on_gpu * (not run.fused))

@@ -1,0 +1,171 @@
+"""What a YAML says about memory: its engine, adapters and precision, for `dpo_plugin.plan.planner`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import AutoConfig
+
+from dpo_plugin.config import parse_config
+from dpo_plugin.engines.config import SHIPPED, check_fsdp, check_one_engine, offloads, read_deepspeed
+from dpo_plugin.errors import ConfigError
+from dpo_plugin.model.adapters import POLICY, REFERENCE
+from dpo_plugin.plan.engines import Zero3
+from dpo_plugin.registry import get_registry
+
+ENGINES = {"ddp": "DDP", "zero3": "ZeRO-3", "zero3_offload": "ZeRO-3 + CPU", "fsdp2": "FSDP2"}
+SHIPPED_ZERO3 = Zero3(persistence=1_048_576, prefetch=104_857_600, bucket=104_857_600)
+"""The settings of `SHIPPED`, for a config that names no ZeRO-3 of its own."""
+
+
+def check(cfg: Mapping[str, Any], path: str) -> str:
+    """The engine that a config uses.
+
+    Raises:
+        ConfigError: If the YAML alone shows that the run cannot be.
+    """
+    adapter, four, eight = cfg.get("adapter"), bool(cfg.get("load_in_4bit")), bool(cfg.get("load_in_8bit"))
+    if "dpo_plugin.DPOPlugin" not in (cfg.get("plugins") or []):
+        raise ConfigError(f"{path} does not use dpo_plugin. Write: plugins: [dpo_plugin.DPOPlugin]")
+    if cfg.get("rl") not in ("dpo", "ipo"):
+        raise ConfigError(f"`rl: {cfg.get('rl')}` in {path} is not what dpo_plugin trains. Write: rl: dpo")
+    if adapter not in (None, "lora", "qlora"):
+        raise ConfigError(f"`adapter: {adapter}` cannot be held twice on one base. Write: adapter: lora")
+    if (adapter == "qlora") != four or (eight and adapter != "lora"):
+        raise ConfigError(
+            f"`load_in_4bit: {four}` and `load_in_8bit: {eight}` do not go with `adapter: {adapter}`: axolotl takes "
+            "4 bits for qlora alone and 8 for lora alone. Write: adapter: qlora, load_in_4bit: true"
+        )
+    check_one_engine(cfg)
+    engines = [key for key in ("deepspeed", "fsdp_config", "fsdp") if cfg.get(key)]
+    if engines and eight:
+        raise ConfigError(
+            f"`{engines[0]}` does not partition the int8 weights of `load_in_8bit: true`. "
+            "Write: adapter: qlora, load_in_4bit: true, load_in_8bit: false"
+        )
+    if not engines:
+        return "ddp"
+    if engines == ["deepspeed"]:
+        zero = zero3_config(cfg["deepspeed"])["zero_optimization"]
+        return "zero3_offload" if any(offloads(zero).values()) else "zero3"
+    check_fsdp(cfg)
+    return "fsdp2"
+
+
+def zero3_config(deepspeed: Any) -> Mapping[str, Any]:
+    """The DeepSpeed config.
+
+    Raises:
+        ConfigError: If it is missing, not JSON, or not ZeRO-3.
+    """
+    found = read_deepspeed(deepspeed)
+    zero = found.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, Mapping) else None
+    if stage != 3:
+        raise ConfigError(f"`deepspeed: {deepspeed}` is of stage {stage}; 3 is planned. Write: deepspeed: {SHIPPED}")
+    return found
+
+
+def zero3_settings(cfg: Mapping[str, Any], engine: str, hidden: int, width: int) -> Zero3:
+    """ZeRO-3's settings: those of the config's JSON, with transformers' values for "auto"; else those of `SHIPPED`."""
+    found = zero3_config(cfg["deepspeed"]) if cfg.get("deepspeed") else None
+    offload = dict.fromkeys(("offload_parameters", "offload_optimizer"), engine == "zero3_offload")
+    if found is None:
+        return replace(SHIPPED_ZERO3, width=width, **offload)
+    if engine == "zero3_offload" and any(offloads(found["zero_optimization"]).values()):
+        offload = offloads(found["zero_optimization"])
+    keys = {
+        "bucket": ("reduce_bucket_size", hidden**2),
+        "prefetch": ("stage3_prefetch_bucket_size", int(0.9 * hidden**2)),
+        "persistence": ("stage3_param_persistence_threshold", 10 * hidden),
+        "live": ("stage3_max_live_parameters", 10**9),
+        "reuse": ("stage3_max_reuse_distance", 10**9),
+        "sub_group": ("sub_group_size", 10**9),
+    }
+    given = {name: (found["zero_optimization"].get(key), auto) for name, (key, auto) in keys.items()}
+    numbers: dict[str, Any] = {n: auto if v == "auto" else int(v) for n, (v, auto) in given.items() if v is not None}
+    enabled = [(found.get(kind) or {}).get("enabled") for kind in ("bf16", "fp16")]
+    narrow = True in enabled or ("auto" in enabled and width == 2)
+    return Zero3(width=2 if narrow else 4, **numbers, **offload)
+
+
+def half(cfg: Mapping[str, Any]) -> bool:
+    """Whether the base model is loaded in 16 bits, as axolotl's resolve_dtype decides; ``auto`` is a GPU that can."""
+    return any(cfg.get(key) for key in ("bf16", "bfloat16", "fp16", "float16", "load_in_8bit"))
+
+
+def model_config(cfg: Mapping[str, Any]) -> Any:
+    """The base model's transformers config.
+
+    Raises:
+        ConfigError: If it cannot be had.
+    """
+    base = str(cfg.get("base_model_config") or cfg.get("base_model") or "")
+    folder = Path(base).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(f"`base_model: {base}` holds no config.json. Write: base_model: <folder of a model>")
+    settings = {"trust_remote_code": bool(cfg.get("trust_remote_code")), "revision": cfg.get("revision_of_model")}
+    try:
+        return AutoConfig.from_pretrained(folder if folder.is_dir() else base, **settings)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"`base_model: {base}` is no folder with a config.json that can be read, and neither the hub nor its cache "
+            f"gave one ({reason}). Write: base_model: <folder with config.json>"
+        ) from error
+
+
+def adapter_configs(cfg: Mapping[str, Any]) -> dict[str, LoraConfig]:
+    """LoRA settings of policy and reference: those of the adapters' folders where these exist, else the YAML's.
+
+    Raises:
+        ConfigError: If neither tells them, or the reference strategy is unknown.
+    """
+    if not cfg.get("adapter"):
+        return {}
+    reference = parse_config(cfg.get("dpo_plugin")).reference
+    policy = _lora(cfg, cfg.get("lora_model_dir"))
+    name = reference.strategy or ("adapter" if cfg.get("lora_model_dir") or reference.adapter_dir else "base")
+    strategy = get_registry().reference_strategies.find(name, "dpo_plugin.reference.strategy")
+    if not strategy.uses_reference_adapter:
+        return {POLICY: policy}
+    return {POLICY: policy, REFERENCE: _lora(cfg, reference.adapter_dir) if reference.adapter_dir else policy}
+
+
+def _lora(cfg: Mapping[str, Any], folder: Any) -> LoraConfig:
+    if folder and (Path(folder) / "adapter_config.json").is_file():
+        found = LoraConfig.from_pretrained(str(folder))
+        found.inference_mode = False
+        return found
+    targets = "all-linear" if cfg.get("lora_target_linear") else cfg.get("lora_target_modules")
+    for key, value in (("lora_r", cfg.get("lora_r")), ("lora_target_modules", targets)):
+        if not value:
+            where = f", and `{folder}` has no adapter_config.json that tells it" if folder else ""
+            raise ConfigError(f"`{key}` is missing{where}. Write: lora_r: 16 and lora_target_linear: true")
+    saved = cfg.get("lora_modules_to_save") or None
+    return LoraConfig(r=int(cfg["lora_r"]), target_modules=targets, modules_to_save=saved, task_type="CAUSAL_LM")
+
+
+def check_targets(settings: LoraConfig, base: torch.nn.Module) -> None:
+    """Check that every entry of ``lora_target_modules`` names a module.
+
+    Raises:
+        ConfigError: Naming the entry and what there is.
+    """
+    targets, names = settings.target_modules or [], [name for name, _ in base.named_modules()]
+    if isinstance(targets, str):
+        missing = [] if targets == "all-linear" or any(re.fullmatch(targets, name) for name in names) else [targets]
+    else:
+        missing = [one for one in sorted(targets) if not any(f".{name}".endswith(f".{one}") for name in names)]
+    if missing:
+        linear = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+        raise ConfigError(
+            f"`lora_target_modules` has {missing[0]!r}, which the base model does not have. "
+            f"Write: lora_target_modules: [{', '.join(sorted(linear - {'lm_head'}))}]"
+        )

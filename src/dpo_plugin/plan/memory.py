@@ -1,0 +1,327 @@
+"""Memory of a DPO run in bytes, from the model's configuration alone; no weight is read, nothing is allocated.
+
+Parameters are counted on a meta-device model. Activations are not estimated: the real forward, reference forward, loss
+and backward run on fake tensors, which have a shape and no data, while every storage that lives is added up; layers
+are alike, so two depths are enough. What an engine holds of it all is arithmetic. docs/plan.md has sums and sources.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from dpo_plugin.compute import attention
+from dpo_plugin.compute.batching import PairCollator, to_pair_batch
+from dpo_plugin.compute.lm_head import ForwardOptions
+from dpo_plugin.compute.logps import completion_logps, pair_logps, run_model, scores_in_head
+from dpo_plugin.compute.losses import LossOptions, sigmoid
+from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel
+from dpo_plugin.types import CompletionLogps, PairBatch
+
+DEPTHS = (2, 3)
+"""Layers of the models that are run on fake tensors; the difference is what a layer adds."""
+
+
+# ── parameters ──
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Values per parameter.
+
+    Attributes:
+        linear: Weights that bitsandbytes quantises: every linear layer but the head.
+        rows: Output features of all of them.
+        other: The rest of the base model: embeddings, norms, biases, head.
+        policy: The policy adapter; empty for full fine-tuning.
+        reference: The reference adapter; empty if there is none.
+        layers: Decoder layers.
+        layer_linear: Values of one decoder layer that are in ``linear``.
+        layer_other: The same in ``other``.
+        layer_class: Name of the decoder layer's class.
+    """
+
+    linear: tuple[int, ...]
+    rows: int
+    other: tuple[int, ...]
+    policy: tuple[int, ...]
+    reference: tuple[int, ...]
+    layers: int
+    layer_linear: int
+    layer_other: int
+    layer_class: str
+
+    @property
+    def trained(self) -> int:
+        """Parameters that are trained: the policy adapter, or the whole model."""
+        return sum(self.policy) or sum(self.linear) + sum(self.other)
+
+
+def on_meta(config: Any, adapters: Mapping[str, LoraConfig], dtype: torch.dtype, trust: bool = False) -> Any:
+    """The model with its adapters on the meta device.
+
+    Args:
+        config: A transformers config.
+        adapters: LoRA settings of `POLICY` and perhaps of `REFERENCE`; empty for full fine-tuning.
+        dtype: The base model's.
+        trust: transformers' ``trust_remote_code``.
+
+    Raises:
+        ValueError: If transformers has no causal language model for the config, or LoRA does not fit it.
+    """
+    with init_empty_weights(include_buffers=True):  # else every tensor is allocated before it goes to meta
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+    if not adapters:
+        return base
+    settings = copy.deepcopy(dict(adapters))
+    model = PolicyReferenceModel(base, settings[POLICY], adapter_name=POLICY, low_cpu_mem_usage=True)
+    if REFERENCE in settings:
+        model.add_adapter(REFERENCE, settings[REFERENCE], low_cpu_mem_usage=True)
+    model.bind_switch()
+    model.train_only_policy()
+    return model
+
+
+def count(base: Any, model: Any) -> Sizes:
+    """Count a base model, and the adapters of the same model with adapters."""
+    quantised = {id(module.weight) for module in _quantisable(base)}
+    lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
+    layers = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
+    adapters: dict[str, tuple[int, ...]] = {POLICY: (), REFERENCE: ()}
+    if model is not base:
+        named = list(model.named_parameters())
+        adapters[POLICY] = tuple(p.numel() for _, p in model.policy_parameters())
+        adapters[REFERENCE] = tuple(p.numel() for name, p in named if f".{REFERENCE}." in f"{name}.")
+    return Sizes(
+        linear=tuple(p.numel() for p in base.parameters() if id(p) in quantised),
+        rows=sum(p.shape[0] for p in base.parameters() if id(p) in quantised),
+        other=tuple(p.numel() for p in base.parameters() if id(p) not in quantised),
+        policy=adapters[POLICY],
+        reference=adapters[REFERENCE],
+        layers=len(layers),
+        layer_linear=sum(p.numel() for p in layers[-1].parameters() if id(p) in quantised),
+        layer_other=sum(p.numel() for p in layers[-1].parameters() if id(p) not in quantised),
+        layer_class=type(layers[-1]).__name__,
+    )
+
+
+def _quantisable(base: Any) -> list[Any]:
+    """The modules that transformers replaces by bitsandbytes': all linear ones but the head and what is tied to it."""
+    kept = set(get_keys_to_not_convert(base))
+    return [m for name, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D) and name not in kept]
+
+
+# ── activations ──
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the activations of one micro-batch depend on, beside the model.
+
+    Attributes:
+        pairs: Pairs in a forward.
+        length: Most tokens of a prompt with its completion.
+        checkpointed: Whether decoder layers keep their input alone and run again in backward.
+        attention: `dpo_plugin.compute.attention.NAME` for the flat layout; otherwise that of two rows per pair.
+        autocast: Whether the forward runs under autocast to bf16, as without DeepSpeed.
+        fp32_adapters: Whether adapters enter the forward in fp32, as on one GPU and DDP.
+        fp32_others: Whether embeddings, norms and head are fp32 on a base of bf16.
+        chunk: Completion tokens whose logits are held at a time; None for the default.
+    """
+
+    pairs: int
+    length: int
+    checkpointed: bool
+    attention: str
+    autocast: bool = False
+    fp32_adapters: bool = False
+    fp32_others: bool = False
+    chunk: int | None = None
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes above parameters, gradients and optimizer states.
+
+    Attributes:
+        kept: What the policy's forward keeps for backward, with one hidden row per completion token.
+        forward: The most that policy forward, scoring and reference forward take above ``kept``.
+        backward: The most that backward takes above ``kept``.
+        loss: The most that scoring takes above what lives when the head is entered; within ``kept`` and ``forward``.
+    """
+
+    kept: int
+    forward: int
+    backward: int
+    loss: int
+
+    @property
+    def working(self) -> int:
+        """The most above ``kept`` at one moment."""
+        return max(self.forward, self.backward, 0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operations make, while they live; what existed before does not count."""
+
+    def __init__(self, before: Iterable[Tensor]):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in before}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and see what it returns."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        return result
+
+    def _see(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._seen:
+            self._seen.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+    def restart(self) -> int:
+        """Give the peak so far and begin a new one."""
+        before, self.peak = self.peak, self.live
+        return before
+
+
+@dataclass
+class Model:
+    """A model to be planned; the arguments are those of `on_meta`."""
+
+    config: Any
+    adapters: Mapping[str, LoraConfig]
+    dtype: torch.dtype
+    trust: bool = False
+    sizes: Sizes = field(init=False)
+    _known: dict[tuple[Step, int], Activations] = field(init=False, default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        base = on_meta(self.config, {}, self.dtype, self.trust)
+        self.sizes = count(base, on_meta(self.config, self.adapters, self.dtype, self.trust) if self.adapters else base)
+
+    def activations(self, step: Step, layers: int | None = None) -> Activations:
+        """Bytes of a step, extrapolated from `DEPTHS` to the model's layers, or to another number of them."""
+        few, more = (dataclasses.astuple(self.at_depth(step, depth)) for depth in DEPTHS)
+        further = (self.sizes.layers if layers is None else layers) - DEPTHS[0]
+        return Activations(*(a + further * (b - a) for a, b in zip(few, more, strict=True)))
+
+    def at_depth(self, step: Step, layers: int) -> Activations:
+        """Bytes of a step of the same model with so many layers, run on fake tensors."""
+        if (step, layers) not in self._known:
+            config, adapters = copy.deepcopy((self.config, dict(self.adapters)))
+            config.num_hidden_layers = layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:layers]
+            for settings in adapters.values():
+                settings.layers_to_transform = None
+            self._known[step, layers] = run_on_fakes(on_meta(config, adapters, self.dtype, self.trust), step)
+        return self._known[step, layers]
+
+
+def run_on_fakes(model: Any, step: Step) -> Activations:
+    """Policy forward, reference forward, loss and backward of one micro-batch, on fake tensors.
+
+    Gradients are there before, as from the second micro-step on, so that only what comes and goes is counted.
+
+    Args:
+        model: From `on_meta`; its parameters are replaced.
+        step: The step.
+    """
+    base = model.get_base_model() if isinstance(model, PolicyReferenceModel) else model
+    attention.register()
+    base.set_attn_implementation(step.attention)
+    if step.checkpointed:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    fake = FakeTensorMode()
+    batch = _longest_batch(step, fake)
+    with fake:
+        _fill(model.train(), base, step)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        marks: list[int] = []
+        with LiveBytes([*model.parameters(), *model.buffers(), *gradients]) as seen:
+            mark = base.get_output_embeddings().register_forward_pre_hook(
+                lambda *_: marks.extend([seen.live, seen.restart()])
+            )
+            with _autocast(step):
+                policy = _forward(model, batch, step)
+            mark.remove()
+            kept, loss = seen.live, seen.peak - marks[0]
+            with torch.no_grad(), _reference(model), _autocast(step):
+                reference = torch.stack(_forward(model, batch, step).sums.chunk(2), dim=1)
+            logps = pair_logps(policy, reference, beta=0.1)
+            forward = max(marks[1], seen.restart())
+            sigmoid(logps, LossOptions(beta=0.1)).mean().backward()  # type: ignore[no-untyped-call]
+    return Activations(kept, forward - kept, seen.peak - kept, loss)
+
+
+def _fill(model: Any, base: Any, step: Step) -> None:
+    """Give parameters fake tensors of the dtype that they have in the forward, and gradients to those that train."""
+    linear = {id(module.weight) for module in _quantisable(base)}
+    dtype = next(base.parameters()).dtype
+    made: dict[int, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        adapter = f".{POLICY}." in f"{name}." or f".{REFERENCE}." in f"{name}."
+        for key, old in module._parameters.items():
+            if old is not None and id(old) not in made:
+                wide = step.fp32_adapters if adapter else step.fp32_others and id(old) not in linear
+                values = torch.empty(old.shape, dtype=torch.float32 if wide else dtype)
+                made[id(old)] = nn.Parameter(values, requires_grad=old.requires_grad)
+                made[id(old)].grad = torch.empty_like(values) if old.requires_grad else None
+            module._parameters[key] = None if old is None else made[id(old)]
+        for key, old in module._buffers.items():
+            module._buffers[key] = None if old is None else torch.empty(old.shape, dtype=old.dtype)
+
+
+def _longest_batch(step: Step, fake: FakeTensorMode) -> PairBatch:
+    """Pairs that share one token: twice ``length`` each, nearly all completion, which is the most in either layout."""
+    sides = {"chosen_ids": [1] * (step.length - 1), "rejected_ids": [2] * (step.length - 1)}
+    batch = to_pair_batch(
+        PairCollator(0, flat=step.attention == attention.NAME)([{"prompt_ids": [0], **sides}] * step.pairs)
+    )
+    fields: dict[str, Any] = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    faked = {name: fake.from_tensor(value) for name, value in fields.items() if isinstance(value, Tensor)}
+    return PairBatch(**{**fields, **faked, "attention_mask": None})
+
+
+def _autocast(step: Step) -> Any:
+    return torch.autocast("cpu", torch.bfloat16) if step.autocast else nullcontext()
+
+
+def _reference(model: Any) -> Any:
+    if not isinstance(model, PolicyReferenceModel):
+        return nullcontext()  # a second model of the same shape
+    return model.reference_active() if model.has_reference else model.adapters_off()
+
+
+def _forward(model: Any, batch: PairBatch, step: Step) -> CompletionLogps:
+    options = ForwardOptions(chunk=step.chunk)
+    if scores_in_head(model):
+        return run_model(model, batch, options)
+    return completion_logps(model(input_ids=batch.input_ids, use_cache=False).logits, batch, options)

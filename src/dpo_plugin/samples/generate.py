@@ -1,0 +1,200 @@
+"""Answers of policy and reference to the same prompts, and the implicit reward of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from dpo_plugin.compute.batching import PairCollator, to_pair_batch
+from dpo_plugin.compute.lm_head import ForwardOptions
+from dpo_plugin.compute.logps import run_model, unwrapped
+from dpo_plugin.model.adapters import PolicyReferenceModel
+from dpo_plugin.model.references import ReferenceStrategy
+from dpo_plugin.samples.records import Answer, Sample, user_turn
+from dpo_plugin.types import CompletionLogps, PairBatch
+
+PROMPTS_AT_ONCE = 8
+"""Prompts that are answered in one batch, which bounds the memory of the key-value cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerOptions:
+    """How answers are generated.
+
+    Attributes:
+        max_new_tokens: Most tokens of an answer.
+        stop_ids: Ids that end an answer.
+        pad_token_id: Id that fills the left of short prompts.
+        temperature: 0 takes the likeliest token each time; above 0, tokens are drawn.
+        seed: Seed of that draw.
+    """
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    pad_token_id: int
+    temperature: float = 0.0
+    seed: int = 0
+
+
+def generate(model: Any, prompts: Sequence[Sequence[int]], options: AnswerOptions) -> list[list[int]]:
+    """Answers to prompts, with the token that ended each; the model's own sampling defaults are not used.
+
+    The run's random numbers stay as they are: greedy answers draw none, others draw from a state of their own.
+
+    Args:
+        model: A model with ``generate``, in eval mode.
+        prompts: Token ids of each prompt.
+        options: How answers are generated.
+
+    Returns:
+        Token ids per prompt; the last one is a stop id unless the answer was cut at ``max_new_tokens``.
+    """
+    found: list[list[int]] = []
+    device = next(model.parameters()).device
+    forked = [device] if device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(forked, enabled=options.temperature > 0), _settings(model, options):
+        if options.temperature > 0:
+            torch.manual_seed(options.seed)
+        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+            ids, mask = pad_left(prompts[start : start + PROMPTS_AT_ONCE], options.pad_token_id)
+            whole = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=True)
+            found += [until_stop(answer, options.stop_ids) for answer in whole[:, ids.shape[1] :].tolist()]
+    return found
+
+
+@contextmanager
+def _settings(model: Any, options: AnswerOptions) -> Iterator[None]:
+    """Replace the model's generation settings; those passed to ``generate`` would be mixed with its own."""
+    drawn = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else {"do_sample": False}
+    before = model.generation_config
+    model.generation_config = GenerationConfig(
+        max_new_tokens=options.max_new_tokens,
+        eos_token_id=list(options.stop_ids),
+        pad_token_id=options.pad_token_id,
+        **drawn,
+        **({"top_k": 0, "top_p": 1.0} if options.temperature > 0 else {}),
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, (prompts, longest)."""
+    length = max(map(len, prompts))
+    ids = [[pad_token_id] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def until_stop(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
+    """Ids up to and with the first stop id."""
+    end = next((place + 1 for place, token in enumerate(ids) if token in stop_ids), len(ids))
+    return list(ids[:end])
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Lets policy and reference answer, one after the other on the same base model.
+
+    Attributes:
+        strategy: The reference.
+        tokenizer: Decodes ids.
+        options: How answers are generated.
+        beta: β.
+        flat: Whether the model's attention is that of the flat layout.
+        chunk: Completion tokens whose logits are held at a time when answers are scored.
+    """
+
+    strategy: ReferenceStrategy
+    tokenizer: Any
+    options: AnswerOptions
+    beta: float
+    flat: bool = False
+    chunk: int | None = None
+
+    def __call__(self, model: Any, prompts: Sequence[Sequence[int]], step: int | None = None) -> list[Sample]:
+        """Answer each prompt twice and score both answers.
+
+        The model is put into eval mode, in which transformers checkpoints no layer and keeps its cache, and put back.
+
+        Args:
+            model: The policy, not wrapped by an engine.
+            prompts: Token ids of each prompt.
+            step: Optimizer steps done.
+        """
+        training = model.training
+        model.eval()
+        if training:
+            _keep_trainable_on_cpus(model)
+        try:
+            with torch.no_grad():
+                policy = generate(_generator(model), prompts, self.options)
+                with self.strategy.active(model) as other:
+                    reference = None if other is None else generate(_generator(unwrapped(other)), prompts, self.options)
+                rewards = self.rewards(model, prompts, policy, reference or policy)
+        finally:
+            model.train(training)
+        if reference is None:
+            return [self._sample(step, *one, None) for one in zip(prompts, policy, rewards, strict=True)]
+        return [self._sample(step, *both) for both in zip(prompts, policy, rewards, reference, strict=True)]
+
+    def rewards(
+        self, model: Any, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]
+    ) -> list[tuple[float, float]]:
+        """β (log π − log π_ref) of two answers per prompt, their stop token included where there is one.
+
+        One prompt at a time, since answers may be as long as ``max_new_tokens`` allows.
+        """
+        collate = PairCollator(self.options.pad_token_id, flat=self.flat)
+        device = next(model.parameters()).device
+        found = []
+        for prompt, one, other in zip(prompts, first, second, strict=True):
+            fields = collate([{"prompt_ids": prompt, "chosen_ids": one, "rejected_ids": other}])
+            batch = to_pair_batch({name: x.to(device) if isinstance(x, Tensor) else x for name, x in fields.items()})
+            ratios = self._forward(model, batch).sums - self.strategy.logps(model, batch, self._forward)[0]
+            found.append((self.beta * float(ratios[0]), self.beta * float(ratios[1])))
+        return found
+
+    def _forward(self, model: Any, batch: PairBatch) -> CompletionLogps:
+        return run_model(model, batch, ForwardOptions(chunk=self.chunk))
+
+    def _sample(
+        self,
+        step: int | None,
+        prompt: Sequence[int],
+        policy: list[int],
+        rewards: tuple[float, float],
+        reference: list[int] | None,
+    ) -> Sample:
+        other = None if reference is None else self._answer(reference, rewards[1])
+        text = self.tokenizer.decode(prompt)
+        return Sample(step, text, self._answer(policy, rewards[0]), other, user_turn(text, self.tokenizer))
+
+    def _answer(self, ids: list[int], reward: float) -> Answer:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return Answer(text, len(ids), ids[-1] in self.options.stop_ids, reward)
+
+
+def _keep_trainable_on_cpus(model: Any) -> None:
+    """Leave bitsandbytes' 4-bit layers in training mode, which changes nothing else of them.
+
+    On a CPU with AVX512-BF16, bitsandbytes 0.50.2 packs the weights anew in the first forward in eval mode
+    (nn/modules.py:613), and the next training step fails on them. On such a CPU the 4-bit run of
+    tests/integration/test_samples_runs.py fails without this.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.training = True
+
+
+def _generator(model: Any) -> Any:
+    """The model whose ``generate`` runs; of a PEFT model the base, in which the adapter layers are."""
+    return model.get_base_model() if isinstance(model, PolicyReferenceModel) else model
