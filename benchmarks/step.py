@@ -196,7 +196,7 @@ def bare(*paths: Path) -> Any:
 
     trainer = ours(*paths)
     nothing = SimpleNamespace(update=lambda _: None, add=lambda *_: None)
-    trainer._means, trainer._pace = {"train": nothing, "eval": nothing}, nothing
+    trainer._means, trainer._throughput = {"train": nothing, "eval": nothing}, nothing
     trainer._forward_options = replace(trainer._forward_options, entropy=False)
     return trainer
 
@@ -339,9 +339,9 @@ class Logging(Contender):
         """A micro-batch, and its figures over all ranks."""
         loss = super().backward(pairs)
         trainer = self.trainer
-        trainer._means["train"].result(trainer._sum, trainer.accelerator.gather, trainer._everyones)
-        trainer.travelled()
-        trainer._pace.result(trainer._sum, trainer.accelerator.device)
+        trainer._means["train"].result(trainer._sum, trainer.accelerator.gather, trainer._gather_object)
+        trainer.adapter_norms()
+        trainer._throughput.result(trainer._sum, trainer.accelerator.device)
         return loss
 
 

@@ -63,29 +63,29 @@ class PairBatch:
 
     Attributes:
         input_ids: (rows, length) token ids.
-        predicts: (tokens,) positions in ``input_ids.flatten()`` whose output predicts a completion token.
+        logit_positions: (tokens,) positions in ``input_ids.flatten()`` whose output predicts a completion token.
         labels: (tokens,) the completion tokens.
-        lengths: Completion tokens of each side; in ``predicts`` and ``labels`` they follow each other.
-        tail: (tokens,) whether it lies beyond the length of its pair's shorter completion.
-        pairs: Number of pairs.
+        lengths: Completion tokens of each side; in ``logit_positions`` and ``labels`` they follow each other.
+        beyond_shorter: (tokens,) whether it lies beyond the length of its pair's shorter completion.
+        num_pairs: Number of pairs.
         attention_mask: (rows, length), 1 where a token is; two rows only.
         position_ids: (1, length); flat only.
         segments: Tokens of prefix, rest of chosen and rest of rejected for each pair; flat only.
         sources: One source per pair.
-        keys: One digest of the exact token ids per pair, for the store of reference log-probs.
+        row_hashes: One digest of the exact token ids per pair, for the cache of reference log-probs.
     """
 
     input_ids: Tensor
-    predicts: Tensor
+    logit_positions: Tensor
     labels: Tensor
     lengths: Sequence[int]
-    tail: Tensor
-    pairs: int
+    beyond_shorter: Tensor
+    num_pairs: int
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
     segments: Sequence[tuple[int, int, int]] = ()
     sources: Sequence[str] = ()
-    keys: Sequence[bytes] = ()
+    row_hashes: Sequence[bytes] = ()
 
 
 @dataclass(frozen=True, slots=True)

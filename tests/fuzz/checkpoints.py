@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from dpo_plugin.compute.batching import row_key
+from dpo_plugin.compute.batching import row_hash
 from dpo_plugin.errors import AdapterError, CheckpointError, DPOPluginError
 from dpo_plugin.host.output_dir.checkpoints import Origin, checkpoint_to_resume, file_digests, write_marker
 from dpo_plugin.model.adapters import (
@@ -35,9 +35,9 @@ from dpo_plugin.model.adapters import (
     adapter_tensors,
     attach,
 )
-from dpo_plugin.model.cache import ReferenceLogpStore
+from dpo_plugin.model.cache import ReferenceLogpCache
 
-KEYS = [row_key([1, 2], [3], [n]) for n in range(40)]
+KEYS = [row_hash([1, 2], [3], [n]) for n in range(40)]
 VALUES = torch.randn(40, 2, generator=torch.Generator().manual_seed(0)) * -50
 
 
@@ -204,9 +204,9 @@ class Bench:
         self.identity, self.logits = attached.digests[REFERENCE], answer(attached)
         self.origin = Origin({"strategy": "adapter", "identity": self.identity}, "b" * 64, facts)
         self.cache = folder / "cache"
-        store = ReferenceLogpStore(self.cache, "a" * 64)
-        store.put(KEYS, VALUES)
-        store.flush()
+        cache = ReferenceLogpCache(self.cache, "a" * 64)
+        cache.put(KEYS, VALUES)
+        cache.flush()
         next(self.cache.rglob("*.logps")).rename(self.cache / ("a" * 32) / "a.logps")
         self.output = folder / "output"
         for step in (2, 4):
@@ -289,14 +289,14 @@ class Bench:
     def _cache(self, case: Case, place: Path, draw: random.Random) -> str:
         shutil.copytree(self.cache, place)
         damage(place / ("a" * 32) / case.file, draw)
-        store = ReferenceLogpStore(place, "a" * 64)
-        left = [n for n, key in enumerate(KEYS) if key in store]
+        cache = ReferenceLogpCache(place, "a" * 64)
+        left = [n for n, key in enumerate(KEYS) if key in cache]
         if left:
-            assert torch.equal(store.get([KEYS[n] for n in left]), VALUES[left]), "used wrong"
+            assert torch.equal(cache.get([KEYS[n] for n in left]), VALUES[left]), "used wrong"
         missing = [n for n in range(len(KEYS)) if n not in left]
-        store.put([KEYS[n] for n in missing], VALUES[missing])
-        store.flush()
-        assert torch.equal(ReferenceLogpStore(place, "a" * 64).get(KEYS), VALUES)
+        cache.put([KEYS[n] for n in missing], VALUES[missing])
+        cache.flush()
+        assert torch.equal(ReferenceLogpCache(place, "a" * 64).get(KEYS), VALUES)
         return "rebuilt" if missing else "unchanged"
 
 

@@ -49,7 +49,7 @@ def test_a_run_that_learns_has_no_finding_and_figures_by_source(base_dir, sft_di
     both = [line[f"rewards/margins/{source}"] * line[f"rewards/count/{source}"] for source in "ab"]
     assert sum(both) / 4 == pytest.approx(line["rewards/margins"], abs=1e-5)
     assert 0.3 < line["speed/shared_tokens"] < 0.5
-    assert line["speed/kept_reference"] == 0
+    assert line["speed/reference_cache_hits"] == 0
     assert 0 < line["entropy/chosen"] < 9
     assert line["speed/pairs_per_second"] > 0
 

@@ -212,18 +212,18 @@ class TestKeptLogProbs:
         section = reference(cache=str(tmp_path / "kept"))
         settings = {**section, "overrides_of_model_config": {"rope_parameters": rope}}
         run = host.train(config(base_dir, sft_dir, rows, tmp_path, **settings), tmp_path)
-        assert run.trainer.reference.store is None
+        assert run.trainer.reference.cache is None
         assert len([line for line in said if "depend on the longest row" in line]) == 1
         assert not list(tmp_path.rglob("*.logps"))
 
     def test_precompute_fills_the_store_before_step_1(self, base_dir, sft_dir, rows, tmp_path):
         common = {**reference(cache=str(tmp_path / "kept")), "max_steps": 2}
         plain = host.train(config(base_dir, sft_dir, rows, tmp_path, **reference(cache=False)), tmp_path / "a")
-        assert plain.trainer.reference.store is None
+        assert plain.trainer.reference.cache is None
         filled = host.train(
             config(base_dir, sft_dir, rows, tmp_path, "b", precompute_ref_log_probs=True, **common), tmp_path / "b"
         )
-        assert len(filled.trainer.reference.store) == len(ROWS)
+        assert len(filled.trainer.reference.cache) == len(ROWS)
         for one, other in zip(plain.lines, filled.lines, strict=True):
             assert one["loss"] == pytest.approx(other["loss"], abs=1e-6)
         again = host.train(
@@ -259,7 +259,7 @@ class TestKeptLogProbs:
             config(base_dir, sft_dir, rows, tmp_path, **reference(cache=str(tmp_path / "cache"))), tmp_path
         )
         assert len(run.lines) == 2
-        assert run.trainer.reference.store.failure
+        assert run.trainer.reference.cache.failure
 
 
 def test_a_truncated_adapter_file_is_refused(base_dir, sft_dir, rows, tmp_path):

@@ -41,13 +41,13 @@ def test_the_fields_that_users_know_and_one_of_ours_are_logged(run):
 
 
 def test_the_adapters_travel_is_logged(run):
-    travelled = [line["adapter/distance"] for line in run.lines]
-    assert travelled == sorted(travelled)
-    assert run.lines[0]["adapter/update_norm"] == pytest.approx(travelled[0], rel=1e-4)
+    adapter_norms = [line["adapter/distance"] for line in run.lines]
+    assert adapter_norms == sorted(adapter_norms)
+    assert run.lines[0]["adapter/update_norm"] == pytest.approx(adapter_norms[0], rel=1e-4)
     model = run.trainer.model
     ours, theirs = adapter_tensors(model, POLICY), adapter_tensors(model, REFERENCE)
     expected = sum((ours[key].float() - theirs[key].float()).square().sum() for key in ours) ** 0.5
-    assert travelled[-1] == pytest.approx(expected.item(), rel=1e-4)
+    assert adapter_norms[-1] == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_a_logging_step_prints_one_short_line_and_no_bar_without_a_terminal(base_dir, sft_dir, tmp_path, capfd):

@@ -159,7 +159,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def why_two_rows(config: Any) -> str | None:
+def prefix_sharing_blocker(config: Any) -> str | None:
     """Why a model cannot share prefixes, or None if it can.
 
     Args:

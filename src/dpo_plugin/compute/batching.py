@@ -50,7 +50,7 @@ class PairCollator:
         return {"packs": [self._lay_out(pack) for pack in self.packs(examples)]}
 
     def _lay_out(self, examples: Sequence[Example]) -> dict[str, Any]:
-        batch = flat_row(examples) if self.flat else two_rows(examples, self.pad_token_id)
+        batch = flat_row(examples) if self.flat else prefix_sharing_blocker(examples, self.pad_token_id)
         return pad_right(batch, self.pad_token_id, self.pad_to_multiple_of or 1)
 
     def tokens(self, examples: Sequence[Example]) -> int:
@@ -106,7 +106,7 @@ def shared_segments(example: Example) -> tuple[int, int, int]:
     return prefix, prompt + len(chosen) - prefix, prompt + len(rejected) - prefix
 
 
-def two_rows(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any]:
+def prefix_sharing_blocker(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any]:
     """The fields of a `PairBatch` of two padded rows per pair."""
     rows = [row for side in zip(*map(sequences, examples), strict=True) for row in side]
     length = max(map(len, rows))
@@ -115,17 +115,17 @@ def two_rows(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any]:
     for number, row in enumerate(rows):
         input_ids[number, : len(row)] = torch.tensor(row)
         attention_mask[number, : len(row)] = 1
-    predicts = [
+    logit_positions = [
         torch.arange(length * number + first - 1, length * number + end - 1)
         for number, (first, end) in enumerate(_completions(examples))
     ]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, **_fields(examples, predicts)}
+    return {"input_ids": input_ids, "attention_mask": attention_mask, **_fields(examples, logit_positions)}
 
 
 def flat_row(examples: Sequence[Example]) -> dict[str, Any]:
     """The fields of a flat `PairBatch`: nothing is read twice and nothing is padded."""
     ids: list[int] = []
-    positions, segments, chosen_predicts, rejected_predicts = [], [], [], []
+    positions, segments, chosen_positions, rejected_positions = [], [], [], []
     for example, (first, end) in zip(examples, _completions(examples), strict=False):
         chosen, rejected = sequences(example)
         prefix, *rest = shared_segments(example)
@@ -133,14 +133,14 @@ def flat_row(examples: Sequence[Example]) -> dict[str, Any]:
         ids += chosen + rejected[prefix:]
         positions += [torch.arange(len(chosen)), torch.arange(prefix, len(rejected))]
         segments.append((prefix, *rest))
-        chosen_predicts.append(torch.arange(start + first - 1, start + end - 1))
-        predicts = torch.arange(first - 1, len(rejected) - 1)
-        rejected_predicts.append(start + torch.where(predicts < prefix, predicts, predicts + len(chosen) - prefix))
+        chosen_positions.append(torch.arange(start + first - 1, start + end - 1))
+        place = torch.arange(first - 1, len(rejected) - 1)
+        rejected_positions.append(start + torch.where(place < prefix, place, place + len(chosen) - prefix))
     return {
         "input_ids": torch.tensor([ids]),
         "position_ids": torch.cat(positions)[None],
         "segments": segments,
-        **_fields(examples, chosen_predicts + rejected_predicts),
+        **_fields(examples, chosen_positions + rejected_positions),
     }
 
 
@@ -152,25 +152,25 @@ def _completions(examples: Sequence[Example]) -> Iterator[tuple[int, int]]:
             yield max(prompt, 1), prompt + len(example[side])
 
 
-def _fields(examples: Sequence[Example], predicts: list[Tensor]) -> dict[str, Any]:
+def _fields(examples: Sequence[Example], logit_positions: list[Tensor]) -> dict[str, Any]:
     pairs = len(examples)
-    lengths = [len(positions) for positions in predicts]
+    lengths = [len(positions) for positions in logit_positions]
     labels = [
         row[first:end]
         for side, (first, end) in enumerate(_completions(examples))
         for row in [sequences(examples[side % pairs])[side // pairs]]
     ]
     shorter = [min(lengths[side % pairs], lengths[side % pairs + pairs]) for side in range(2 * pairs)]
-    tail = [torch.arange(length) >= least for length, least in zip(lengths, shorter, strict=True)]
+    beyond_shorter = [torch.arange(length) >= least for length, least in zip(lengths, shorter, strict=True)]
     return {
-        "predicts": torch.cat(predicts),
+        "logit_positions": torch.cat(logit_positions),
         "labels": torch.tensor([token for label in labels for token in label], dtype=torch.long),
         "lengths": lengths,
-        "tail": torch.cat(tail),
-        "pairs": pairs,
+        "beyond_shorter": torch.cat(beyond_shorter),
+        "num_pairs": pairs,
         "places": [example.get("place", number) for number, example in enumerate(examples)],
         "sources": [str(example.get("source") or "") for example in examples],
-        "keys": [row_key(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in examples],
+        "row_hashes": [row_hash(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in examples],
     }
 
 
@@ -186,11 +186,15 @@ def pad_right(batch: dict[str, Any], pad_token_id: int, multiple: int) -> dict[s
         for name, value in fill.items()
         if name in batch
     }
-    predicts = batch["predicts"]
-    return {**batch, **padded, "predicts": predicts // length * (length + extra) + predicts % length}
+    logit_positions = batch["logit_positions"]
+    return {
+        **batch,
+        **padded,
+        "logit_positions": logit_positions // length * (length + extra) + logit_positions % length,
+    }
 
 
-def row_key(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> bytes:
+def row_hash(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> bytes:
     """SHA-256 of a pair's exact token ids."""
     digest = hashlib.sha256()
     for ids in (prompt, chosen, rejected):
@@ -206,7 +210,7 @@ def to_pair_batch(collated: Mapping[str, Any]) -> PairBatch:
 def find_row(rows: Iterable[Example], key: bytes) -> str | None:
     """What to call the row with this key in a message, or None if it is not among them."""
     for number, row in enumerate(rows):
-        if row_key(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) == key:
+        if row_hash(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) == key:
             return row_name(row, number)
     return None
 

@@ -46,7 +46,7 @@ def scoring_head(head: Any, batch: PairBatch, options: ForwardOptions) -> Iterat
     logits_of = head.forward
 
     def forward(hidden: Tensor) -> Tensor:
-        rows = hidden.flatten(0, -2)[batch.predicts]
+        rows = hidden.flatten(0, -2)[batch.logit_positions]
         trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
         scores = chunked_scores(logits_of, rows, batch.labels, options, trains, _vocabulary(head), _is_product(head))
         return scores[None]

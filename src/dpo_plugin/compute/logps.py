@@ -21,7 +21,7 @@ from dpo_plugin.compute.lm_head import (
 from dpo_plugin.compute.losses import LossOptions, PreferenceLoss
 from dpo_plugin.types import CompletionLogps, PairBatch, PairLogps
 
-FINAL_HEADS = ("llama", "mistral", "phi", "phi3", "qwen2", "qwen3")
+PLAIN_LM_HEADS = ("llama", "mistral", "phi", "phi3", "qwen2", "qwen3")
 """Model types whose logits are what the head returns, with no soft-cap or scale behind it; tests hold each."""
 
 
@@ -62,7 +62,7 @@ def run_model(model: Callable[..., Any], batch: PairBatch, options: ForwardOptio
     keep, rows = _rows_to_keep(batch)
     logits = model(**inputs, logits_to_keep=keep).logits
     if logits.shape[1] != len(keep):  # a model that knows no logits_to_keep
-        rows = batch.predicts
+        rows = batch.logit_positions
     return sum_completions(token_scores(logits.flatten(0, 1)[rows], batch.labels, options), batch, options)
 
 
@@ -75,14 +75,14 @@ def unwrapped(model: Any) -> Any:
 
 def scores_in_head(model: Any) -> bool:
     """Whether the head's output is the model's output, so that the head itself can score tokens."""
-    return getattr(getattr(model, "config", None), "model_type", None) in FINAL_HEADS
+    return getattr(getattr(model, "config", None), "model_type", None) in PLAIN_LM_HEADS
 
 
 def _rows_to_keep(batch: PairBatch) -> tuple[Tensor, Tensor]:
-    """Positions that predict a completion token in any row, and where ``batch.predicts`` is among them."""
+    """Positions that predict a completion token in any row, and where ``batch.logit_positions`` is among them."""
     length = batch.input_ids.shape[1]
-    keep, place = torch.unique(batch.predicts % length, return_inverse=True)
-    return keep, batch.predicts // length * len(keep) + place
+    keep, place = torch.unique(batch.logit_positions % length, return_inverse=True)
+    return keep, batch.logit_positions // length * len(keep) + place
 
 
 # ── from tokens to completions and pairs ──
@@ -110,7 +110,7 @@ def sum_completions(scores: Tensor, batch: PairBatch, options: ForwardOptions) -
     unweighted = None
     if options.ld_alpha is not None:
         unweighted = per_side(logps)
-        logps = torch.where(batch.tail, options.ld_alpha * logps, logps)
+        logps = torch.where(batch.beyond_shorter, options.ld_alpha * logps, logps)
     means = per_side(scores.detach()) / at_least_one[:, None]
     entropy = means[:, ENTROPY] if options.entropy else None
     return CompletionLogps(per_side(logps), tokens, means[:, MEAN_LOGIT], weights, entropy, unweighted)
@@ -139,7 +139,7 @@ def sum_per_side(values: Tensor, batch: PairBatch) -> Tensor:
 def completion_logps(logits: Tensor, batch: PairBatch, options: ForwardOptions | None = None) -> CompletionLogps:
     """The same from the logits of all positions, (rows, length, vocabulary): the plain path."""
     options = options or ForwardOptions()
-    rows = logits.flatten(0, 1)[batch.predicts]
+    rows = logits.flatten(0, 1)[batch.logit_positions]
     return sum_completions(token_scores(rows, batch.labels, options), batch, options)
 
 

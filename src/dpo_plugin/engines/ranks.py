@@ -20,7 +20,7 @@ def facts_of(trainer: Any) -> dict[str, Any]:
         "number of micro-steps per epoch": len(trainer.get_train_dataloader()),
         "adapters": ", ".join(f"{name} {digest[:12]}" for name, digest in sorted(digests.items())) or "none",
         "reference": trainer.reference.strategy.identity(),
-        "kept reference log-probs": trainer.reference.store is not None,
+        "kept reference log-probs": trainer.reference.cache is not None,
         "layout of batches": repr(trainer.data_collator),
         "loss": ", ".join(f"{name} × {weight:g}" for name, (_, weight) in trainer._losses.items()),
     }

@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from dpo_plugin.engines.config import engine_that_shards, fsdp_version
 from dpo_plugin.errors import CheckpointError, ConfigError
 from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel, adapter_digest, without_copies
-from dpo_plugin.model.buffers import KeptBuffers
+from dpo_plugin.model.buffers import ComputedBuffers
 from dpo_plugin.model.references import EmaReference, ReferenceStrategy
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -82,7 +82,7 @@ def adapter_values(model: nn.Module) -> dict[nn.Parameter, Tensor]:
     return {parameter: parameter.data for _, parameter in model.adapter_parameters()}
 
 
-def put_back(values: dict[nn.Parameter, Tensor]) -> None:
+def restore_adapter_dtype(values: dict[nn.Parameter, Tensor]) -> None:
     """Undo a cast of the adapters.
 
     With FSDP, axolotl 0.19 casts the whole model to ``cfg.torch_dtype`` when our trainer is built
@@ -93,11 +93,11 @@ def put_back(values: dict[nn.Parameter, Tensor]) -> None:
         parameter.data = value
 
 
-def start_masters(values: Mapping[nn.Parameter, Tensor]) -> None:
+def init_master_weights(values: Mapping[nn.Parameter, Tensor]) -> None:
     """Let the fp32 weights that DeepSpeed updates start from the adapter as it was attached.
 
     DeepSpeed 0.18 copies them from weights that it has cast to bf16 (runtime/zero/stage3.py:1034). A weight that starts
-    on bf16's grid looks the same to the model until it has travelled half a spacing: at 0.05 and a learning rate of
+    on bf16's grid looks the same to the model until it has adapter_norms half a spacing: at 0.05 and a learning rate of
     1e-6, for 120 steps. Off the grid, some weights move visibly in every step, and the curve is that of other engines.
     """
     parameter: Any
@@ -191,7 +191,7 @@ class OnAnyEngine:
     is_deepspeed_enabled: bool
     model: Any
     state: Any
-    _kept_buffers: Sequence[KeptBuffers]
+    _computed_buffers: Sequence[ComputedBuffers]
 
     def create_accelerator_and_postprocess(self) -> None:
         """Set the precision of FSDP2 before TRL shards the second model (trl/trainer/dpo_trainer.py:934)."""
@@ -201,15 +201,15 @@ class OnAnyEngine:
     def _be_ready_for_engine(self) -> None:
         """To be called once the trainer has its model."""
         if self.is_deepspeed_enabled:
-            for kept in self._kept_buffers:
+            for kept in self._computed_buffers:
                 kept.model.register_forward_pre_hook(kept.restore)
         if self._is_sharded():
             save_through(self)
         self._attached = adapter_values(self.model)
 
-    def put_back_adapters(self) -> None:
+    def restore_adapters(self) -> None:
         """Undo what the host did to the adapters after this trainer was built."""
-        put_back(self._attached)
+        restore_adapter_dtype(self._attached)
 
     def _is_sharded(self) -> bool:
         return bool(self.accelerator.is_fsdp2) and isinstance(self.model, PolicyReferenceModel)
@@ -222,7 +222,9 @@ class OnAnyEngine:
             max_steps, train_dataloader, resume_from_checkpoint
         )
         if resume_from_checkpoint is None:
-            start_masters({parameter: value for parameter, value in self._attached.items() if parameter.requires_grad})
+            init_master_weights(
+                {parameter: value for parameter, value in self._attached.items() if parameter.requires_grad}
+            )
         self._attached = {}
         if isinstance(self.model, PolicyReferenceModel) and self.model.has_reference:
             self.model.reference_digest = reference_digest(self.model)

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dpo_plugin.compute import attention
 from dpo_plugin.compute.batching import PairCollator, row_name
 from dpo_plugin.compute.checkpointing import layers_to_checkpoint, saved_bytes_per_token
-from dpo_plugin.compute.logps import FINAL_HEADS
+from dpo_plugin.compute.logps import PLAIN_LM_HEADS
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.settings import RunSettings
@@ -26,7 +26,7 @@ def shares_prefixes(settings: RunSettings, base: Any) -> bool:
     Raises:
         ConfigError: With ``prefix_sharing: true`` on a model that cannot.
     """
-    why = settings.two_rows or attention.why_two_rows(base.config)
+    why = settings.prefix_sharing_blocker or attention.prefix_sharing_blocker(base.config)
     if why is None:
         return True
     if settings.config.compute.prefix_sharing is True:
@@ -45,7 +45,7 @@ def prepare_models(flat: bool, *models: Any) -> None:
         if flat:
             attention.register()
             model.set_attn_implementation(attention.NAME)
-        if model.config.model_type not in FINAL_HEADS:
+        if model.config.model_type not in PLAIN_LM_HEADS:
             LOG.info(
                 f"dpo_plugin: {model.config.model_type!r} is not among the architectures whose head scores tokens in "
                 "chunks, so the logits of all completion tokens are held at once"

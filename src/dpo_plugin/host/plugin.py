@@ -131,7 +131,7 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Give the adapters back the values that they were attached with."""
         if self.settings is not None:
-            trainer.put_back_adapters()
+            trainer.restore_adapters()
 
     def post_train(self, cfg: Any, model: Any) -> None:
         """Check that the reference is still what was attached; the host calls this twice."""

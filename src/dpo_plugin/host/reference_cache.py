@@ -1,4 +1,4 @@
-"""The store of reference log-probs of one run."""
+"""The cache of reference log-probs of one run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dpo_plugin.compute import attention, batching, logps
 from dpo_plugin.compute import lm_head as head
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.settings import RunSettings
-from dpo_plugin.model.cache import ReferenceLogpStore, config_digest, rope_limit, store_key, weights_digest
+from dpo_plugin.model.cache import ReferenceLogpCache, cache_key, config_digest, rope_limit, weights_digest
 from dpo_plugin.model.references import ReferenceStrategy
 
 
-def open_store(
+def open_cache(
     settings: RunSettings, strategy: ReferenceStrategy, base: str, config: Any, longest: Callable[[], int]
-) -> ReferenceLogpStore | None:
-    """The store for this base, reference, precision and code; None if the reference's log-probs are not kept.
+) -> ReferenceLogpCache | None:
+    """The cache for this base, reference, precision and code; None if the reference's log-probs are not kept.
 
     With ``precompute_ref_log_probs`` and ``cache: false`` they are kept in memory.
 
@@ -34,7 +34,7 @@ def open_store(
         longest: Gives the tokens of the longest row, padding included.
     """
     cfg = PluginManager.get_instance().cfg
-    if not strategy.fixed or (settings.kept_in is None and not cfg.precompute_ref_log_probs):
+    if not strategy.fixed or (settings.cache_dir is None and not cfg.precompute_ref_log_probs):
         return None
     limit = rope_limit(config)
     if limit is not None and longest() > limit:
@@ -45,7 +45,7 @@ def open_store(
         )
         return None
     source = "".join(map(inspect.getsource, (attention, batching, head, logps)))
-    key = store_key(
+    key = cache_key(
         base=base,
         quantisation=[cfg.load_in_4bit, cfg.load_in_8bit, cfg.bnb_config_kwargs],
         reference=[settings.strategy_name, strategy.identity()],
@@ -53,7 +53,7 @@ def open_store(
         ld_alpha=settings.config.loss.ld_alpha,
         code=hashlib.sha256(source.encode()).hexdigest(),
     )
-    return ReferenceLogpStore(settings.kept_in / "reference_logps" if settings.kept_in else None, key)
+    return ReferenceLogpCache(settings.cache_dir / "reference_logps" if settings.cache_dir else None, key)
 
 
 def rounding() -> float:
@@ -73,4 +73,4 @@ def base_identity(base: Any) -> str:
     """SHA-256 of the base model as loaded: its config, and a local folder's weights or name and commit on the hub."""
     folder = Path(str(base.config.name_or_path))
     commit = f"{base.config.name_or_path}@{getattr(base.config, '_commit_hash', None)}"
-    return store_key(weights=weights_digest(folder) if folder.is_dir() else commit, config=config_digest(base.config))
+    return cache_key(weights=weights_digest(folder) if folder.is_dir() else commit, config=config_digest(base.config))

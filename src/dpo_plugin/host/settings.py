@@ -15,7 +15,7 @@ from dpo_plugin.health.monitor import HealthCheck
 from dpo_plugin.host.prompts import check_samples
 from dpo_plugin.host.trl_names import check_names
 from dpo_plugin.host.yaml_keys import DATA_SUFFIXES
-from dpo_plugin.metrics.pair import USUAL, PreferenceMetric
+from dpo_plugin.metrics.pair import TRL_METRICS, PreferenceMetric
 from dpo_plugin.model.adapters import AdapterFolder
 from dpo_plugin.model.hub import open_adapter
 from dpo_plugin.model.inits import check_fresh_init
@@ -37,8 +37,8 @@ class RunSettings:
         strategy: The reference strategy.
         metrics: Metrics to log.
         health_checks: Health checks to run, and what happens when one finds something.
-        kept_in: Folder for the reference's log-probs, or None.
-        two_rows: Why the config alone keeps prefixes from being shared, or None.
+        cache_dir: Folder for the reference's log-probs, or None.
+        prefix_sharing_blocker: Why the config alone keeps prefixes from being shared, or None.
         resume_named: Whether the YAML names the checkpoint to resume from.
         datasets: The ``datasets`` entries as written; the host's schema drops keys that it does not know.
         test_datasets: The same of ``test_datasets``.
@@ -51,8 +51,8 @@ class RunSettings:
     strategy: type[ReferenceStrategy]
     metrics: Mapping[str, PreferenceMetric]
     health_checks: Mapping[str, tuple[HealthCheck, Action]]
-    kept_in: Path | None
-    two_rows: str | None
+    cache_dir: Path | None
+    prefix_sharing_blocker: str | None
     resume_named: bool
     datasets: list[dict[str, Any]]
     test_datasets: list[dict[str, Any]]
@@ -87,8 +87,8 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
         strategy=strategy,
         metrics=_metrics(config, registry),
         health_checks=_health_checks(config, registry),
-        kept_in=_kept_in(cfg, config, strategy, strategy_name),
-        two_rows=_two_rows(cfg, config),
+        cache_dir=_kept_in(cfg, config, strategy, strategy_name),
+        prefix_sharing_blocker=_prefix_sharing_blocker(cfg, config),
         resume_named=bool(cfg.get("resume_from_checkpoint")),
         datasets=_entries(cfg, "datasets", registry),
         test_datasets=_entries(cfg, "test_datasets", registry),
@@ -240,7 +240,7 @@ _ATTENTION_FLAGS = (
 """axolotl's keys from before attn_implementation, which its schema still takes."""
 
 
-def _two_rows(cfg: Mapping[str, Any], config: DPOPluginConfig) -> str | None:
+def _prefix_sharing_blocker(cfg: Mapping[str, Any], config: DPOPluginConfig) -> str | None:
     """Why chosen and rejected are computed as two rows each, or None if they share their prefix."""
     wanted = config.compute.prefix_sharing
     named = [f"attn_implementation: {cfg['attn_implementation']}"] if cfg.get("attn_implementation") else []
@@ -260,7 +260,7 @@ def _two_rows(cfg: Mapping[str, Any], config: DPOPluginConfig) -> str | None:
 def _metrics(config: DPOPluginConfig, registry: Registry) -> Mapping[str, PreferenceMetric]:
     extra = registry.metrics if config.metrics is None else config.metrics
     chosen = {name: registry.metrics.find(name, "dpo_plugin.metrics") for name in extra}
-    return {**USUAL, **chosen}
+    return {**TRL_METRICS, **chosen}
 
 
 def _health_checks(config: DPOPluginConfig, registry: Registry) -> Mapping[str, tuple[HealthCheck, Action]]:

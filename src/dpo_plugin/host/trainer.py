@@ -44,12 +44,12 @@ from dpo_plugin.host.output_dir.checkpoints import write_marker
 from dpo_plugin.host.output_dir.resume import ResumesWhole
 from dpo_plugin.host.output_dir.saving import saving
 from dpo_plugin.host.plugin import DPOPlugin
-from dpo_plugin.host.reference_cache import base_identity, open_store, rounding
-from dpo_plugin.metrics.adapter_norms import Travel
-from dpo_plugin.metrics.recorder import LogsMetrics
+from dpo_plugin.host.reference_cache import base_identity, open_cache, rounding
+from dpo_plugin.metrics.adapter_norms import AdapterNorms
+from dpo_plugin.metrics.recorder import MetricRecorder
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel, attach
-from dpo_plugin.model.buffers import KeptBuffers
-from dpo_plugin.model.cached_reference import KeptReference
+from dpo_plugin.model.buffers import ComputedBuffers
+from dpo_plugin.model.cached_reference import CachedReference
 from dpo_plugin.model.finite import weights_not_finite
 from dpo_plugin.registry import get_registry
 from dpo_plugin.types import CompletionLogps, PairBatch, PairLogps
@@ -59,7 +59,7 @@ class _HeldByPolicy:
     """Stands in for a reference model when the reference lives in the policy's own adapters."""
 
 
-class PreferenceTrainer(ResumesWhole, OnAnyEngine, LogsMetrics, AxolotlDPOTrainer):  # type: ignore[misc]
+class PreferenceTrainer(ResumesWhole, OnAnyEngine, MetricRecorder, AxolotlDPOTrainer):  # type: ignore[misc]
     """DPO with policy and reference on one base model.
 
     Args:
@@ -81,13 +81,13 @@ class PreferenceTrainer(ResumesWhole, OnAnyEngine, LogsMetrics, AxolotlDPOTraine
         prepare_models(flat, base, ref_model)
         if kwargs["args"].disable_dropout:
             disable_dropout(model, ref_model)
-        self._kept_buffers = [KeptBuffers(one) for one in (model, ref_model) if one is not None]
+        self._computed_buffers = [ComputedBuffers(one) for one in (model, ref_model) if one is not None]
         kwargs["data_collator"] = make_collator(self._settings, kwargs, flat)
         super().__init__(*self._for_trl(model, ref_model), **kwargs)
         if isinstance(model, PolicyReferenceModel):
             model.train_only_policy()
             save_policy_instead_of_base(base, model)
-        self._travel = Travel(model, moving=not self._settings.strategy.fixed)
+        self._adapter_norms = AdapterNorms(model, moving=not self._settings.strategy.fixed)
         self._layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         self._be_ready_for_engine()
         self._set_up_losses()
@@ -95,8 +95,8 @@ class PreferenceTrainer(ResumesWhole, OnAnyEngine, LogsMetrics, AxolotlDPOTraine
         if isinstance(model, PolicyReferenceModel):
             strategy.policy_values = partial(whole_policy, model)
         self._base = base_identity(base)
-        store = open_store(self._settings, strategy, self._base, base.config, self._longest_row)
-        self.reference = KeptReference(strategy, store, self._on_any_rank, rounding(), self._warn)
+        cache = open_cache(self._settings, strategy, self._base, base.config, self._longest_row)
+        self.reference = CachedReference(strategy, cache, self._on_any_rank, rounding(), self._warn)
         check_lengths(self.data_collator, named_datasets(self))
         self.add_callback(ReferenceCallback(self))
         for callback in (ProgressCallback, PrinterCallback):
@@ -111,7 +111,7 @@ class PreferenceTrainer(ResumesWhole, OnAnyEngine, LogsMetrics, AxolotlDPOTraine
         self._set_up_metrics(self._settings.metrics, get_registry().metrics.owner, strategy.equals_policy_at_start())
         self._check_step_zero = strategy.equals_policy_at_start()
         if self.accelerator.is_main_process:
-            self._say_what_is_trained(model)
+            self._log_setup(model)
 
     def _for_trl(self, model: nn.Module, ref_model: nn.Module | None) -> tuple[nn.Module, Any]:
         """Model and ref_model in a form that keeps TRL 1.9 from copying and casting our adapters.
@@ -158,7 +158,7 @@ class PreferenceTrainer(ResumesWhole, OnAnyEngine, LogsMetrics, AxolotlDPOTraine
         )
         self._reference_options = replace(self._forward_options, wpo=False, entropy=False)
 
-    def _say_what_is_trained(self, model: nn.Module) -> None:
+    def _log_setup(self, model: nn.Module) -> None:
         settings = self._settings
         fresh = "a fresh LoRA" if isinstance(model, PolicyReferenceModel) else "the base model"
         start = settings.policy.path if settings.policy else fresh
@@ -171,9 +171,9 @@ class PreferenceTrainer(ResumesWhole, OnAnyEngine, LogsMetrics, AxolotlDPOTraine
         if self.ref_model is not None:
             size = sum(p.numel() * p.element_size() for p in self.ref_model.parameters()) / 2**30
             LOG.info(f"dpo_plugin: the second model that is the reference takes {size:.2f} GiB")
-        if (store := self.reference.store) is not None:
-            damaged = f", {store.damaged} damaged records left out" if store.damaged else ""
-            LOG.info(f"dpo_plugin: {len(store)} reference log-probs found in {store.folder}{damaged}")
+        if (cache := self.reference.cache) is not None:
+            damaged = f", {cache.damaged} damaged records left out" if cache.damaged else ""
+            LOG.info(f"dpo_plugin: {len(cache)} reference log-probs found in {cache.folder}{damaged}")
 
     # ── data ──
 
@@ -184,13 +184,13 @@ class PreferenceTrainer(ResumesWhole, OnAnyEngine, LogsMetrics, AxolotlDPOTraine
         return super()._prepare_dataset(dataset, *args, **kwargs)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """Leave the data as it is: `ReferenceCallback` fills the store when the engine has prepared the model."""
+        """Leave the data as it is: `ReferenceCallback` fills the cache when the engine has prepared the model."""
         return dataset
 
     # ── the step ──
 
     def reference_logps(self, model: Any, inputs: Any) -> None:
-        """Let the store have the reference's log-probs of a collated micro-batch."""
+        """Let the cache have the reference's log-probs of a collated micro-batch."""
         for pack in packs_of(self, inputs):
             self.reference.logps(model, to_pair_batch(pack), self.reference_forward)
 
@@ -231,9 +231,9 @@ class PreferenceTrainer(ResumesWhole, OnAnyEngine, LogsMetrics, AxolotlDPOTraine
         if counted:
             self._means["train" if self.model.training else "eval"].update(logps.only(counted))
             if self.model.training:
-                self._pace.add(batch, self.reference.fresh)
+                self._throughput.add(batch, self.reference.fresh)
         losses = total_loss(logps, self._losses, self._loss_options, policy.wpo_weights)
-        loss = losses[counted].mean() if 0 < len(counted) < batch.pairs else losses.mean()
+        loss = losses[counted].mean() if 0 < len(counted) < batch.num_pairs else losses.mean()
         return loss * inputs.get("weight", 1.0)
 
     def _check_finite(self, logps: PairLogps, batch: PairBatch) -> None:
@@ -248,7 +248,7 @@ class PreferenceTrainer(ResumesWhole, OnAnyEngine, LogsMetrics, AxolotlDPOTraine
             return
         side, pair = (~finite).nonzero()[0].tolist()
         value = list(sides.values())[side][pair].item()
-        found = ((name, find_row(data, batch.keys[pair])) for name, data in named_datasets(self))
+        found = ((name, find_row(data, batch.row_hashes[pair])) for name, data in named_datasets(self))
         where = next((f"{row} of the {name} data" for name, row in found if row), "a pair")
         cause = weights_not_finite(self.model, self.ref_model) or (
             "Look at that row with `axolotl dpo preview`; if it is as it should be, the model overflows. Write: "

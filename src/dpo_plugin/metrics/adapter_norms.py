@@ -20,7 +20,7 @@ SAMPLED = 2**22
 """Most weights that are looked at, evenly spread over the adapter: 16 MiB for each copy."""
 
 
-class Travel:
+class AdapterNorms:
     """Norms of weight differences over all trained tensors, in the weights' own unit, and the share of moved values.
 
     More than `SAMPLED` weights are sampled at a constant stride, and the sum of squares is scaled by it.

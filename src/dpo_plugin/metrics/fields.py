@@ -51,8 +51,8 @@ FIELDS: dict[str, str] = {
     "speed/pairs_per_second": "Pairs trained on per second, over all ranks, evaluation and saving included.",
     "speed/tokens_per_second": "Tokens per second that the policy computed, over all ranks; shared prompts count once.",
     "speed/shared_tokens": "Share of the tokens that sharing a pair's prompt spared. A property of the data.",
-    "speed/kept_reference": "Share of the pairs whose reference log-probs were kept from before. Should be 1 from the "
-    "second epoch on if reference.cache is set.",
+    "speed/reference_cache_hits": "Share of the pairs whose reference log-probs came from the cache. Should be 1 "
+    "from the second epoch on if reference.cache is set.",
     "memory/peak_gib": "Highest memory of a GPU since the start, in GiB.",
     "runtime": "Seconds that the evaluation took.",
     "samples_per_second": "Pairs per second of the evaluation.",

@@ -64,7 +64,7 @@ def saturated(logps: PairLogps) -> Tensor:
     return (margin(logps) > SATURATED).float()
 
 
-USUAL: Mapping[str, PreferenceMetric] = {
+TRL_METRICS: Mapping[str, PreferenceMetric] = {
     "rewards/chosen": chosen_reward,
     "rewards/rejected": rejected_reward,
     "rewards/accuracies": accuracy,
@@ -77,7 +77,7 @@ USUAL: Mapping[str, PreferenceMetric] = {
 """What users of TRL know; always logged."""
 
 METRICS: Mapping[str, PreferenceMetric] = {
-    **USUAL,
+    **TRL_METRICS,
     "rewards/negative_margins": negative_margin,
     "rewards/saturated": saturated,
     "logps/chosen_per_token": lambda logps: logps.policy_chosen_logps / logps.chosen_tokens.clamp(min=1),
@@ -93,7 +93,7 @@ METRICS: Mapping[str, PreferenceMetric] = {
 """All that are one value per pair; nats, or nats per token, or tokens."""
 
 
-class MeanMetrics:
+class MetricMeans:
     """Metrics of all pairs since the last `result`; keeps tensors on their device and synchronises nothing before.
 
     Beside the means of ``metrics`` it gives what is no mean over pairs: percentiles of the margin, how the margin goes

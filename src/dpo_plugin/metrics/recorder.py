@@ -8,28 +8,28 @@ from typing import Any
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from dpo_plugin.metrics.adapter_norms import Travel
-from dpo_plugin.metrics.pair import MeanMetrics, PreferenceMetric
-from dpo_plugin.metrics.throughput import Pace
+from dpo_plugin.metrics.adapter_norms import AdapterNorms
+from dpo_plugin.metrics.pair import MetricMeans, PreferenceMetric
+from dpo_plugin.metrics.throughput import Throughput
 
 SHOWN_PAIRS = 500
 """Most pairs whose rewards the report draws."""
 
 
-class LogsMetrics:
-    """Mixin for the trainer; its ``_means`` and ``_pace`` are updated by each forward."""
+class MetricRecorder:
+    """Mixin for the trainer; its ``_means`` and ``_throughput`` are updated by each forward."""
 
     accelerator: Any
     is_in_train: bool
     model: Any
     state: Any
-    _travel: Travel
+    _adapter_norms: AdapterNorms
 
     def _set_up_metrics(
         self, metrics: Mapping[str, PreferenceMetric], owner: Callable[[str], str], starts_as_reference: bool
     ) -> None:
-        self._means = {mode: MeanMetrics(metrics, owner, starts_as_reference) for mode in ("train", "eval")}
-        self._pace = Pace()
+        self._means = {mode: MetricMeans(metrics, owner, starts_as_reference) for mode in ("train", "eval")}
+        self._throughput = Throughput()
         self._eval_prefix = "eval"
         self._rewards: dict[str, dict[str, tuple[int, Tensor]]] = {}
 
@@ -46,9 +46,9 @@ class LogsMetrics:
         mode = "train" if self.model.training else "eval"
         prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
         trained = self.is_in_train or self.state.global_step > 0
-        found = self._means[mode].result(self._sum, self.accelerator.gather, self._everyones, since_start=trained)
+        found = self._means[mode].result(self._sum, self.accelerator.gather, self._gather_object, since_start=trained)
         if mode == "train" and found:
-            found |= self.travelled() | self._pace.result(self._sum, self.accelerator.device)
+            found |= self.adapter_norms() | self._throughput.result(self._sum, self.accelerator.device)
         if found:
             now = self.state.global_step, self._means[mode].rewards
             self._rewards.setdefault(prefix, {"start": now})["end"] = now
@@ -62,13 +62,13 @@ class LogsMetrics:
             for prefix, course in self._rewards.items()
         }
 
-    def travelled(self) -> dict[str, float]:
+    def adapter_norms(self) -> dict[str, float]:
         """How far the trained weights have gone, and how many moved; every rank must call it."""
-        return self._travel.figures(self.model, self._sum, self.accelerator.process_index)
+        return self._adapter_norms.figures(self.model, self._sum, self.accelerator.process_index)
 
     def trained_dtype(self) -> str | None:
-        """Dtype in which the optimizer updates most of the weights; known from the first `travelled` on."""
-        dtype = self._travel.dtype
+        """Dtype in which the optimizer updates most of the weights; known from the first `adapter_norms` on."""
+        dtype = self._adapter_norms.dtype
         return None if dtype is None else str(dtype).removeprefix("torch.")
 
     def remember_start(self, lines: Sequence[dict[str, Any]]) -> None:
@@ -83,7 +83,7 @@ class LogsMetrics:
         total: Tensor = self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
         return total
 
-    def _everyones(self, value: Any) -> list[Any]:
+    def _gather_object(self, value: Any) -> list[Any]:
         return list(gather_object([value]))
 
 

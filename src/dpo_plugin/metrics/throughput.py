@@ -11,7 +11,7 @@ from torch import Tensor
 from dpo_plugin.types import PairBatch
 
 
-class Pace:
+class Throughput:
     """Counts pairs, tokens, shared tokens and kept reference log-probs since the last `result`."""
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Pace:
         """
         computed = batch.input_ids.numel()
         shared = sum(prefix for prefix, _, _ in batch.segments)
-        counts = (batch.pairs, computed, shared, computed + shared, 0.0 if fresh else batch.pairs)
+        counts = (batch.num_pairs, computed, shared, computed + shared, 0.0 if fresh else batch.num_pairs)
         self._counts = [before + now for before, now in zip(self._counts, counts, strict=True)]
 
     def result(self, total: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
@@ -51,7 +51,7 @@ class Pace:
             "speed/pairs_per_second": pairs / seconds,
             "speed/tokens_per_second": tokens / seconds,
             "speed/shared_tokens": shared / max(separate, 1.0),
-            "speed/kept_reference": kept / max(pairs, 1.0),
+            "speed/reference_cache_hits": kept / max(pairs, 1.0),
         }
         if device.type == "cuda":
             figures["memory/peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30

@@ -63,7 +63,7 @@ def _on_meta(parameter: nn.Parameter | None) -> nn.Parameter | None:
     return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
 
 
-class KeptBuffers:
+class ComputedBuffers:
     """The fp32 buffers that a model is to compute with, whatever an engine makes of them.
 
     DeepSpeed casts a 16-bit model's buffers: ZeRO-3 as the modules are made (zero.Init), and 0.18 once more as a whole

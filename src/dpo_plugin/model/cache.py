@@ -1,6 +1,6 @@
-"""A store of reference log-probs on disk, keyed by content, for any number of processes at once.
+"""A cache of reference log-probs on disk, keyed by content, for any number of processes at once.
 
-Each process appends records to a file of its own; all files of a store are read at the start. A record is the row's
+Each process appends records to a file of its own; all files of a cache are read at the start. A record is the row's
 key, two log-probs and a checksum, so a torn or damaged one is recognised, skipped, and computed anew.
 """
 
@@ -29,7 +29,7 @@ _NEUTRAL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transform
 """What a model's config says that does not change what it computes; the precision is a part of the key of its own."""
 
 
-def store_key(**parts: Any) -> str:
+def cache_key(**parts: Any) -> str:
     """SHA-256 of everything beside the row that reference log-probs depend on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -93,12 +93,12 @@ def deviation(kept: Tensor, fresh: Tensor, tokens: Tensor) -> float:
     return float(torch.maximum(single, together))
 
 
-class ReferenceLogpStore:
+class ReferenceLogpCache:
     """Reference log-probs by row key, in memory and, where possible, on disk; what is not finite is never kept.
 
     Args:
-        folder: Where stores are kept; None keeps the values in memory alone.
-        key: What `store_key` returned; one sub-folder each.
+        folder: Where caches are kept; None keeps the values in memory alone.
+        key: What `cache_key` returned; one sub-folder each.
 
     Attributes:
         failure: Why nothing more is written to disk, or None.

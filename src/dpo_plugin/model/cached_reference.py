@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_plugin.model.cache import ReferenceLogpStore, deviation
+from dpo_plugin.model.cache import ReferenceLogpCache, deviation
 from dpo_plugin.model.references import Forward, ReferenceStrategy
 from dpo_plugin.types import PairBatch
 
@@ -17,15 +17,15 @@ CHECKED = 4
 """Batches at the start of a run whose kept log-probs are compared with a forward's."""
 
 
-class KeptReference:
-    """A reference strategy behind a store: runs the reference only for rows that nobody has computed yet.
+class CachedReference:
+    """A reference strategy behind a cache: runs the reference only for rows that nobody has computed yet.
 
     The first batches with rows from disk are run all the same: where the kept log-probs are not those of this
     reference, although their key is, all of them are dropped and computed again.
 
     Args:
         strategy: The strategy.
-        store: Where log-probs are kept, or None.
+        cache: Where log-probs are kept, or None.
         on_any_rank: Tells whether a condition holds on any rank, since ranks must forward together.
         tolerance: Most that kept log-probs may be off, as `deviation` measures it.
         warn: Says something to the user.
@@ -38,13 +38,13 @@ class KeptReference:
     def __init__(
         self,
         strategy: ReferenceStrategy,
-        store: ReferenceLogpStore | None,
+        cache: ReferenceLogpCache | None,
         on_any_rank: Callable[[bool], bool],
         tolerance: float = 1e-3,
         warn: Callable[[str], None] = warnings.warn,
     ):
         self.strategy = strategy
-        self.store = store
+        self.cache = cache
         self.on_any_rank = on_any_rank
         self.tolerance = tolerance
         self.warn = warn
@@ -53,7 +53,7 @@ class KeptReference:
         self._unchecked = CHECKED
 
     def logps(self, model: Any, batch: PairBatch, forward: Forward, anew: bool = False) -> Tensor:
-        """(pairs, 2) fp32 nats; from the store if every rank has all of its rows there.
+        """(pairs, 2) fp32 nats; from the cache if every rank has all of its rows there.
 
         Args:
             model: As in `ReferenceStrategy.run`.
@@ -61,12 +61,12 @@ class KeptReference:
             forward: As in `ReferenceStrategy.run`.
             anew: Run the reference even so; equal on all ranks.
         """
-        if self.store is None:
+        if self.cache is None:
             self.forwards += 1
             return self.strategy.logps(model, batch, forward)
-        kept = self.store.get(batch.keys, batch.input_ids.device)
+        kept = self.cache.get(batch.row_hashes, batch.input_ids.device)
         missing = self.on_any_rank(kept is None)
-        read = self.store.read(batch.keys) if anew or self._unchecked > 0 else None
+        read = self.cache.read(batch.row_hashes) if anew or self._unchecked > 0 else None
         check = anew or (read is not None and self.on_any_rank(not read.isnan().all()))
         self.fresh = missing or check
         if kept is not None and not self.fresh:
@@ -75,17 +75,17 @@ class KeptReference:
         logps = self.strategy.logps(model, batch, forward)
         if read is not None and check:
             self._unchecked -= 1
-            self._compare(self.store, read, logps, batch)
-        self.store.put(batch.keys, logps)
+            self._compare(self.cache, read, logps, batch)
+        self.cache.put(batch.row_hashes, logps)
         return logps
 
-    def _compare(self, store: ReferenceLogpStore, read: Tensor, logps: Tensor, batch: PairBatch) -> None:
+    def _compare(self, cache: ReferenceLogpCache, read: Tensor, logps: Tensor, batch: PairBatch) -> None:
         tokens = torch.tensor(batch.lengths).reshape(2, -1).T
         if not self.on_any_rank(deviation(read, logps.cpu(), tokens) > self.tolerance):
             return
-        store.forget()
+        cache.forget()
         self.warn(
-            f"dpo_plugin: the reference log-probs kept in {store.folder} are not those of this reference: they are off "
+            f"dpo_plugin: the reference log-probs kept in {cache.folder} are not those of this reference: they are off "
             f"by more than rounding explains ({self.tolerance} nats per square root of a token). The base model's "
             "weights have changed, or a package computes it differently. They are dropped and computed again"
         )

@@ -277,7 +277,7 @@ class NoReference(ReferenceStrategy):
 
     def run(self, model: Any, batch: PairBatch, forward: Forward) -> CompletionLogps:
         """Zeros; no forward."""
-        zeros = torch.zeros(2 * batch.pairs, device=batch.input_ids.device)
+        zeros = torch.zeros(2 * batch.num_pairs, device=batch.input_ids.device)
         return CompletionLogps(zeros, zeros, zeros)
 
 

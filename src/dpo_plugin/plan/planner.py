@@ -189,7 +189,7 @@ class Planner:
         if (most := self.compute.max_tokens) is not None:
             length = min(length, -(-most // 2))
             pairs = max(1, min(pairs, most // (2 * length)))
-        flat = self.compute.prefix_sharing is not False and attention.why_two_rows(self.config) is None
+        flat = self.compute.prefix_sharing is not False and attention.prefix_sharing_blocker(self.config) is None
         eager = cfg.get("attn_implementation") == "eager" or cfg.get("eager_attention")
         return Step(
             pairs=pairs,

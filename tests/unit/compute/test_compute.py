@@ -173,7 +173,7 @@ def test_a_frozen_head_gets_no_gradient_and_keeps_its_forward():
     assert "forward" not in vars(model.lm_head)
 
 
-@pytest.mark.parametrize("kind", [*logps.FINAL_HEADS, "gemma2", "granite", "cohere", "gpt2"])
+@pytest.mark.parametrize("kind", [*logps.PLAIN_LM_HEADS, "gemma2", "granite", "cohere", "gpt2"])
 def test_every_head_gives_the_log_probs_of_the_plain_path(kind):
     """gemma2 soft-caps, granite and cohere scale behind the head; gpt2 is a family that nobody listed."""
     model = make_model(kind, **({"final_logit_softcapping": 0.5, "sliding_window": 64} if kind == "gemma2" else {}))
@@ -227,7 +227,7 @@ def test_generation_with_padding_is_that_of_sdpa():
     ],
 )
 def test_models_that_cannot_share_say_why(kind, settings, reason):
-    assert reason in attention.why_two_rows(make_model(kind, **settings).config)
+    assert reason in attention.prefix_sharing_blocker(make_model(kind, **settings).config)
 
 
 @pytest.mark.parametrize("flat", [True, False])
@@ -235,7 +235,7 @@ def test_packs_hold_every_pair_once_within_the_budget(flat):
     pairs = [tiny.example(5 + n, 3 + n % 7, 2 + n % 5, seed=n) for n in range(20)]
     collator = PairCollator(0, flat=flat, max_tokens=120)
     packs = [to_pair_batch(pack) for pack in collator(pairs)["packs"]]
-    assert sorted(key for pack in packs for key in pack.keys) == sorted(batch_of(pairs).keys)
+    assert sorted(key for pack in packs for key in pack.row_hashes) == sorted(batch_of(pairs).row_hashes)
     assert max(pack.input_ids.numel() for pack in packs) <= 120
     least = sum(collator.tokens([pair]) for pair in pairs) / 120
     assert len(packs) <= (1.3 * least + 1 if flat else 20)

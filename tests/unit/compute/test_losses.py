@@ -69,7 +69,7 @@ def compare_with_trl(name: str, wpo=False, ld_alpha=None, f_divergence="reverse_
     ]
     batch = to_pair_batch(PairCollator(0)(rows))
     mask = torch.zeros_like(batch.input_ids).flatten()
-    mask[batch.predicts + 1] = 1
+    mask[batch.logit_positions + 1] = 1
     inputs = {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,

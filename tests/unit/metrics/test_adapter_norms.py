@@ -1,4 +1,4 @@
-"""Norms of what trained weights have travelled, against sums by hand, and the share of values that move."""
+"""Norms of what trained weights have adapter_norms, against sums by hand, and the share of values that move."""
 
 import types
 
@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from dpo_plugin.health.checks import CHECKS
 from dpo_plugin.health.history import History
 from dpo_plugin.metrics import adapter_norms as travel
-from dpo_plugin.metrics.adapter_norms import Travel
+from dpo_plugin.metrics.adapter_norms import AdapterNorms
 from dpo_plugin.model.adapters import AdapterFolder, attach
 from dpo_plugin.types import RunFacts
 from tests.support import tiny
@@ -36,39 +36,39 @@ def weights(model):
 
 
 def test_distance_and_update(model):
-    travelled = Travel(model)
-    assert travelled.figures(model, alone, 0) == {"adapter/distance": 0.0}
+    adapter_norms = AdapterNorms(model)
+    assert adapter_norms.figures(model, alone, 0) == {"adapter/distance": 0.0}
     shift(model, 0.5)
-    found = travelled.figures(model, alone, 0)
+    found = adapter_norms.figures(model, alone, 0)
     assert found["adapter/distance"] == pytest.approx(0.5 * weights(model) ** 0.5, rel=1e-5)
     assert found["adapter/update_norm"] == pytest.approx(found["adapter/distance"], rel=1e-5)
     shift(model, 0.25)
-    found = travelled.figures(model, alone, 0)
+    found = adapter_norms.figures(model, alone, 0)
     assert found["adapter/distance"] == pytest.approx(0.75 * weights(model) ** 0.5, rel=1e-5)
     assert found["adapter/update_norm"] == pytest.approx(0.25 * weights(model) ** 0.5, rel=1e-5)
 
 
 def test_weights_that_all_ranks_have_whole_count_once(model):
-    travelled = Travel(model)
+    adapter_norms = AdapterNorms(model)
     shift(model, 0.5)
-    assert travelled.figures(model, alone, 1) == {"adapter/distance": 0.0}
+    assert adapter_norms.figures(model, alone, 1) == {"adapter/distance": 0.0}
 
 
 def test_a_sample_of_a_large_adapter_stands_for_all(model, monkeypatch):
     monkeypatch.setattr(travel, "SAMPLED", 1000)
-    travelled = Travel(model)
-    travelled.figures(model, alone, 0)
+    adapter_norms = AdapterNorms(model)
+    adapter_norms.figures(model, alone, 0)
     torch.manual_seed(0)
     with torch.no_grad():
         for _, parameter in model.policy_parameters():
             parameter += torch.randn_like(parameter)
-    found = travelled.figures(model, alone, 0)
+    found = adapter_norms.figures(model, alone, 0)
     assert found["adapter/distance"] == pytest.approx(weights(model) ** 0.5, rel=0.1)
     assert found["adapter/update_norm"] == pytest.approx(found["adapter/distance"], rel=1e-5)
 
 
 def test_a_reference_that_moves_is_looked_at_again(model):
-    fixed, moving = Travel(model), Travel(model, moving=True)
+    fixed, moving = AdapterNorms(model), AdapterNorms(model, moving=True)
     shift(model, 0.5)
     with torch.no_grad():
         for name, parameter in model.adapter_parameters():
@@ -83,26 +83,26 @@ def test_without_a_reference_adapter_of_its_shape_there_is_no_distance(base_dir,
     other = AdapterFolder.open(str(tiny.save_adapter(base_dir, tmp_path, r=4)), "reference.adapter_dir")
     for reference in (None, other):
         model = attach(AutoModelForCausalLM.from_pretrained(base_dir), policy, reference)
-        travelled = Travel(model)
-        assert travelled.figures(model, alone, 0) == {}
+        adapter_norms = AdapterNorms(model)
+        assert adapter_norms.figures(model, alone, 0) == {}
         shift(model, 0.5)
-        assert list(travelled.figures(model, alone, 0)) == ["adapter/update_norm", "weights/changed"]
+        assert list(adapter_norms.figures(model, alone, 0)) == ["adapter/update_norm", "weights/changed"]
 
 
 def fine_tuned(base_dir, dtype, rate, steps=12):
     """The model after some AdamW steps on random tokens, and the log lines of what moved."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype)
-    travelled, optimizer = Travel(model), torch.optim.AdamW(model.parameters(), lr=rate)
-    assert travelled.figures(model, alone, 0) == {}
+    adapter_norms, optimizer = AdapterNorms(model), torch.optim.AdamW(model.parameters(), lr=rate)
+    assert adapter_norms.figures(model, alone, 0) == {}
     lines = []
     for step in range(1, steps + 1):
         ids = torch.randint(5, 250, (4, 32))
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        lines.append({"step": step, "learning_rate": rate, **travelled.figures(model, alone, 0)})
-    assert travelled.dtype == dtype
+        lines.append({"step": step, "learning_rate": rate, **adapter_norms.figures(model, alone, 0)})
+    assert adapter_norms.dtype == dtype
     return lines
 
 
@@ -129,27 +129,27 @@ def test_updates_that_the_weights_dtype_rounds_away_are_found(base_dir, dtype, r
 def test_rows_of_tokens_that_no_batch_holds_do_not_count(base_dir):
     model = AutoModelForCausalLM.from_pretrained(base_dir)
     embedding = model.get_input_embeddings().weight
-    travelled = Travel(model)
-    travelled.figures(model, alone, 0)
+    adapter_norms = AdapterNorms(model)
+    adapter_norms.figures(model, alone, 0)
     with torch.no_grad():
         embedding[:3] += 1
-    assert travelled.figures(model, alone, 0) == {"weights/changed": 0.0}
+    assert adapter_norms.figures(model, alone, 0) == {"weights/changed": 0.0}
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter is not embedding:
                 parameter += 1
-    assert travelled.figures(model, alone, 0) == {"weights/changed": 1.0}
+    assert adapter_norms.figures(model, alone, 0) == {"weights/changed": 1.0}
 
 
 def test_under_zero_1_and_2_the_fp32_part_of_this_rank_is_looked_at():
     model = torch.nn.Module()
     model.a = torch.nn.Parameter(torch.ones(6, dtype=torch.bfloat16))
     model.b = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    travelled, masters = Travel(model), torch.ones(4)
+    adapter_norms, masters = AdapterNorms(model), torch.ones(4)
     address = types.SimpleNamespace(start=2)
     model.a._hp_mapping = types.SimpleNamespace(hp_fragment=masters, lp_fragment_address=address)
     model.b._hp_mapping = None  # another rank has it
-    travelled.figures(model, alone, 1)
+    adapter_norms.figures(model, alone, 1)
     masters[:3] += 1e-6  # bf16 cannot tell them from 1
-    assert travelled.figures(model, alone, 1) == {"weights/changed": 0.75}
-    assert travelled.dtype == torch.float32
+    assert adapter_norms.figures(model, alone, 1) == {"weights/changed": 0.75}
+    assert adapter_norms.dtype == torch.float32

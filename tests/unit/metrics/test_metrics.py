@@ -18,7 +18,7 @@ from dpo_plugin.metrics.aggregates import (
     SourceTally,
     margin_percentiles,
 )
-from dpo_plugin.metrics.pair import METRICS, USUAL, MeanMetrics
+from dpo_plugin.metrics.pair import METRICS, TRL_METRICS, MetricMeans
 from dpo_plugin.registry import get_registry
 from dpo_plugin.types import PairLogps
 
@@ -70,7 +70,7 @@ class Ranks:
         self._barrier.wait()
         return every
 
-    def results(self, metrics: list[MeanMetrics]) -> list[dict[str, float]]:
+    def results(self, metrics: list[MetricMeans]) -> list[dict[str, float]]:
         found: list[Any] = [None] * self.size
 
         def rank(number: int) -> None:
@@ -95,7 +95,7 @@ class Ranks:
 
 def on_ranks(batches: list[list[PairLogps]], **options: Any) -> tuple[dict[str, float], Ranks]:
     """Every rank's batches, and the result, which must be the same on all."""
-    metrics = [MeanMetrics(METRICS, **options) for _ in batches]
+    metrics = [MetricMeans(METRICS, **options) for _ in batches]
     for one, theirs in zip(metrics, batches, strict=True):
         for batch in theirs:
             one.update(batch)
@@ -120,7 +120,7 @@ def test_every_metric_by_hand():
         chosen_entropy=torch.tensor([1.0, 2.0, 0.0]),
         rejected_entropy=torch.tensor([3.0, 3.0, 3.0]),
     )
-    metrics = MeanMetrics(METRICS)
+    metrics = MetricMeans(METRICS)
     metrics.update(logps)
     expected = {
         "rewards/chosen": (1 - 1.5 + 5) / 3, "rewards/rejected": (-1 + 4.5 + 0) / 3, "rewards/margins": 1 / 3,
@@ -139,10 +139,10 @@ def test_every_metric_by_hand():
 
 
 def test_the_groups_are_trls_and_the_new_ones_are_grouped_alike():
-    metrics = MeanMetrics(METRICS)
+    metrics = MetricMeans(METRICS)
     metrics.update(some_pairs(20))
     names = set(metrics.result(alone))
-    assert set(USUAL) <= names
+    assert set(TRL_METRICS) <= names
     assert {name for name in FIELDS if "entropy" not in name} <= names
     assert {name.split("/")[0] for name in names} == {"rewards", "logps", "logits", "logratios", "lengths"}
 
@@ -249,7 +249,7 @@ def test_a_rank_without_pairs_takes_part():
 
 
 def test_without_any_pair_there_is_nothing_and_everything_starts_anew():
-    metrics = MeanMetrics(METRICS)
+    metrics = MetricMeans(METRICS)
     assert metrics.result(alone) == {}
     metrics.update(some_pairs(9, 1, ["a", "b", "c"] * 3))
     first = metrics.result(alone)
@@ -279,11 +279,11 @@ def test_displacement_is_against_the_first_line_where_the_reference_is_another()
             5 * chosen * ones, 2 * rejected * ones, -9 * ones, ones, 5 * ones, 2 * ones, ones, ones, beta=0.1
         )
 
-    metrics = MeanMetrics(METRICS, starts_as_reference=False)
+    metrics = MetricMeans(METRICS, starts_as_reference=False)
     metrics.update(at(-2, -4))
     assert metrics.result(alone)["logps/chosen_displacement"] == 0
     metrics.update(at(-3, -4.5))
-    resumed = MeanMetrics(METRICS, starts_as_reference=False)
+    resumed = MetricMeans(METRICS, starts_as_reference=False)
     resumed.start = metrics.start
     resumed.update(at(-3, -4.5))
     for one in (metrics, resumed):
@@ -304,7 +304,7 @@ def test_displacement_is_zero_at_step_zero_whatever_the_batch():
 
 def test_a_metric_that_says_none_is_left_out_and_one_that_says_it_once_is_averaged_over_the_rest():
     answers = iter([None, torch.tensor([1.0, 3.0]), None])
-    metrics = MeanMetrics({"mine/never": lambda _: None, "mine/once": lambda _: next(answers)})
+    metrics = MetricMeans({"mine/never": lambda _: None, "mine/once": lambda _: next(answers)})
     for _ in range(3):
         metrics.update(some_pairs(2))
     found = metrics.result(alone)
@@ -313,7 +313,7 @@ def test_a_metric_that_says_none_is_left_out_and_one_that_says_it_once_is_averag
 
 
 def test_a_third_partys_metric_is_a_mean_over_pairs():
-    metrics = MeanMetrics({"mine/longer": lambda logps: logps.chosen_tokens > logps.rejected_tokens})
+    metrics = MetricMeans({"mine/longer": lambda logps: logps.chosen_tokens > logps.rejected_tokens})
     pairs = some_pairs(40)
     metrics.update(pairs)
     expected = (pairs.chosen_tokens > pairs.rejected_tokens).float().mean().item()
@@ -330,7 +330,7 @@ def test_a_third_partys_metric_is_a_mean_over_pairs():
     ],
 )
 def test_a_metric_that_fails_is_named_with_its_owner(metric: Any, words: str):
-    metrics = MeanMetrics(
+    metrics = MetricMeans(
         {"a/fine": METRICS["rewards/chosen"], "their/metric": metric}, {"their/metric": "their-package"}.get
     )
     with pytest.raises(DPOPluginError, match=rf"'their/metric' of their-package {words}.*Write: metrics: \[a/fine\]$"):
@@ -363,7 +363,7 @@ def test_no_gradient_is_kept():
         policy, pairs.policy_rejected_logps, pairs.ref_chosen_logps, pairs.ref_rejected_logps, pairs.chosen_tokens,
         pairs.rejected_tokens, pairs.chosen_logits, pairs.rejected_logits, beta=0.1, sources=["a", "b", "a", "b"],
     )  # fmt: skip
-    metrics = MeanMetrics(METRICS)
+    metrics = MetricMeans(METRICS)
     metrics.update(made)
     assert not metrics._sums.requires_grad
     assert not any(rewards.requires_grad for rewards in metrics._sample._parts)

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PhiConfig, Qwen2Config
 
 from dpo_plugin.errors import ConfigError
-from dpo_plugin.model.buffers import KeptBuffers, fresh_buffers
+from dpo_plugin.model.buffers import ComputedBuffers, fresh_buffers
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -39,7 +39,7 @@ def test_what_an_engine_has_rounded_is_put_back(name):
     model.bfloat16()  # as DeepSpeed's zero.Init and engine do
     angles = [LONG[:, None] * (buffer - loaded[key]) for key, buffer in model.named_buffers() if "inv_freq" in key]
     assert min(angle.abs().max() for angle in angles) > 0.1, "radians at position 2047"
-    kept = KeptBuffers(model)
+    kept = ComputedBuffers(model)
     assert all(torch.equal(buffer, loaded[key]) for key, buffer in model.named_buffers())
     model.bfloat16()
     kept.restore()
@@ -58,7 +58,7 @@ def test_making_buffers_draws_no_random_number_and_leaves_the_model_alone():
 
 def test_frequencies_that_were_rounded_and_widened_again_stop_the_run():
     model = AutoModelForCausalLM.from_config(CONFIGS["default"])
-    kept = KeptBuffers(model)
+    kept = ComputedBuffers(model)
     rotary = model.model.rotary_emb
     rotary.inv_freq = rotary.inv_freq.bfloat16().float()
     with pytest.raises(ConfigError, match=r"`model.rotary_emb.inv_freq` is not what the model's config says") as error:
@@ -71,4 +71,4 @@ def test_frequencies_of_16_bits_that_nobody_can_compute_stop_the_run():
     model.model.rotary_emb = torch.nn.Module()
     model.model.rotary_emb.register_buffer("inv_freq", torch.ones(4, dtype=torch.bfloat16), persistent=False)
     with pytest.raises(ConfigError, match="Write: deepspeed: <a config of ZeRO stage 2>"):
-        KeptBuffers(model).check()
+        ComputedBuffers(model).check()

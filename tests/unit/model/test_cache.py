@@ -1,4 +1,4 @@
-"""The store of reference log-probs."""
+"""The cache of reference log-probs."""
 
 import math
 import struct
@@ -10,65 +10,65 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from dpo_plugin.compute.batching import PairCollator, row_key, to_pair_batch
+from dpo_plugin.compute.batching import PairCollator, row_hash, to_pair_batch
 from dpo_plugin.compute.logps import run_model
 from dpo_plugin.model.cache import (
     _RECORD,
-    ReferenceLogpStore,
+    ReferenceLogpCache,
+    cache_key,
     config_digest,
     deviation,
     rope_limit,
-    store_key,
     weights_digest,
 )
-from dpo_plugin.model.cached_reference import KeptReference
+from dpo_plugin.model.cached_reference import CachedReference
 from dpo_plugin.model.references import ReferenceStrategy
 from dpo_plugin.types import CompletionLogps
 from tests.support import tiny
 
-KEYS = [row_key([1, 2], [3], [n]) for n in range(5)]
+KEYS = [row_hash([1, 2], [3], [n]) for n in range(5)]
 VALUES = torch.tensor([[-1.5 * n, -2.25 * n] for n in range(5)])
 
 
 def filled(folder, rows=slice(None), key="a" * 64):
-    store = ReferenceLogpStore(folder, key)
-    store.put(KEYS[rows], VALUES[rows])
-    store.flush()
-    return store
+    cache = ReferenceLogpCache(folder, key)
+    cache.put(KEYS[rows], VALUES[rows])
+    cache.flush()
+    return cache
 
 
 def test_what_one_process_wrote_another_reads_bit_by_bit(tmp_path):
     filled(tmp_path)
-    again = ReferenceLogpStore(tmp_path, "a" * 64)
+    again = ReferenceLogpCache(tmp_path, "a" * 64)
     assert torch.equal(again.get(KEYS), VALUES)
     assert again.damaged == 0
 
 
 def test_a_missing_row_is_no_answer(tmp_path):
-    store = filled(tmp_path, slice(0, 3))
-    assert store.get(KEYS) is None
-    assert torch.equal(store.get(KEYS[:3]), VALUES[:3])
+    cache = filled(tmp_path, slice(0, 3))
+    assert cache.get(KEYS) is None
+    assert torch.equal(cache.get(KEYS[:3]), VALUES[:3])
 
 
 def test_stores_of_other_keys_see_nothing(tmp_path):
     filled(tmp_path)
-    assert len(ReferenceLogpStore(tmp_path, "b" * 64)) == 0
+    assert len(ReferenceLogpCache(tmp_path, "b" * 64)) == 0
 
 
 def test_many_writers_share_a_folder(tmp_path):
-    stores = [ReferenceLogpStore(tmp_path, "a" * 64) for _ in range(5)]
+    caches = [ReferenceLogpCache(tmp_path, "a" * 64) for _ in range(5)]
 
     def write(index):
-        stores[index].put(KEYS[index : index + 1], VALUES[index : index + 1])
-        stores[index].flush()
+        caches[index].put(KEYS[index : index + 1], VALUES[index : index + 1])
+        caches[index].flush()
 
     threads = [threading.Thread(target=write, args=(index,)) for index in range(5)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    stores[0].reload()
-    assert torch.equal(stores[0].get(KEYS), VALUES)
+    caches[0].reload()
+    assert torch.equal(caches[0].get(KEYS), VALUES)
 
 
 @pytest.mark.parametrize("cut", [1, 20, 43])
@@ -76,11 +76,11 @@ def test_a_torn_record_is_left_out_and_written_anew(tmp_path, cut):
     filled(tmp_path)
     (file,) = (tmp_path / ("a" * 32)).glob("*.logps")
     file.write_bytes(file.read_bytes()[:-cut])
-    store = ReferenceLogpStore(tmp_path, "a" * 64)
-    assert (len(store), store.damaged) == (4, 1)
-    store.put(KEYS, VALUES)
-    store.flush()
-    assert torch.equal(ReferenceLogpStore(tmp_path, "a" * 64).get(KEYS), VALUES)
+    cache = ReferenceLogpCache(tmp_path, "a" * 64)
+    assert (len(cache), cache.damaged) == (4, 1)
+    cache.put(KEYS, VALUES)
+    cache.flush()
+    assert torch.equal(ReferenceLogpCache(tmp_path, "a" * 64).get(KEYS), VALUES)
 
 
 @pytest.mark.parametrize("byte", range(44, 88, 5))
@@ -90,35 +90,35 @@ def test_a_changed_byte_is_noticed(tmp_path, byte):
     content = bytearray(file.read_bytes())
     content[byte] ^= 1
     file.write_bytes(bytes(content))
-    store = ReferenceLogpStore(tmp_path, "a" * 64)
-    assert store.damaged == 1
-    assert store.get(KEYS) is None
-    assert torch.equal(store.get([*KEYS[:1], *KEYS[2:]]), VALUES[[0, 2, 3, 4]])
+    cache = ReferenceLogpCache(tmp_path, "a" * 64)
+    assert cache.damaged == 1
+    assert cache.get(KEYS) is None
+    assert torch.equal(cache.get([*KEYS[:1], *KEYS[2:]]), VALUES[[0, 2, 3, 4]])
 
 
 def test_a_folder_that_cannot_be_written_is_said_and_nothing_is_lost(tmp_path):
     (tmp_path / "file").write_text("")
-    store = filled(tmp_path / "file")  # a file where the folder should be: what root meets on a read-only disk
-    assert store.failure
-    assert torch.equal(store.get(KEYS), VALUES)
-    store.put(KEYS, VALUES)
-    store.flush()
+    cache = filled(tmp_path / "file")  # a file where the folder should be: what root meets on a read-only disk
+    assert cache.failure
+    assert torch.equal(cache.get(KEYS), VALUES)
+    cache.put(KEYS, VALUES)
+    cache.flush()
 
 
 def test_the_row_key_sees_ids_and_where_they_part():
     keys = {
-        row_key([1, 2], [3], [4]),
-        row_key([1], [2, 3], [4]),
-        row_key([1, 2], [4], [3]),
-        row_key([1, 2], [3], [4, 0]),
+        row_hash([1, 2], [3], [4]),
+        row_hash([1], [2, 3], [4]),
+        row_hash([1, 2], [4], [3]),
+        row_hash([1, 2], [3], [4, 0]),
     }
     assert len(keys) == 4
-    assert row_key([1, 2], [3], [4]) in keys
+    assert row_hash([1, 2], [3], [4]) in keys
 
 
 def test_the_store_key_sees_each_part():
-    assert store_key(a=1, b=[2, None]) == store_key(b=[2, None], a=1)
-    assert len({store_key(a=1), store_key(a=2), store_key(b=1)}) == 3
+    assert cache_key(a=1, b=[2, None]) == cache_key(b=[2, None], a=1)
+    assert len({cache_key(a=1), cache_key(a=2), cache_key(b=1)}) == 3
 
 
 def test_the_weights_digest_sees_a_changed_block_and_size(tmp_path):
@@ -137,40 +137,40 @@ def test_the_weights_digest_sees_a_changed_block_and_size(tmp_path):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_neither_kept_nor_read(tmp_path, bad):
-    store = ReferenceLogpStore(tmp_path, "a" * 64)
-    store.put(KEYS, torch.where(torch.arange(5)[:, None] == 2, bad, VALUES))
-    assert store.get(KEYS[2:3]) is None
-    store.flush()
-    (file,) = store.folder.glob("*.logps")
+    cache = ReferenceLogpCache(tmp_path, "a" * 64)
+    cache.put(KEYS, torch.where(torch.arange(5)[:, None] == 2, bad, VALUES))
+    assert cache.get(KEYS[2:3]) is None
+    cache.flush()
+    (file,) = cache.folder.glob("*.logps")
     record = _RECORD.pack(KEYS[2], bad, -1.0)
     file.write_bytes(file.read_bytes() + record + struct.pack("<I", zlib.crc32(record)))
-    again = ReferenceLogpStore(tmp_path, "a" * 64)
+    again = ReferenceLogpCache(tmp_path, "a" * 64)
     assert (len(again), again.damaged) == (4, 1)
 
 
 def test_a_folder_in_the_place_of_a_file_is_left_out(tmp_path):
     filled(tmp_path)
     (tmp_path / ("a" * 32) / "x.logps").mkdir()
-    store = ReferenceLogpStore(tmp_path, "a" * 64)
-    assert (len(store), store.damaged) == (5, 1)
+    cache = ReferenceLogpCache(tmp_path, "a" * 64)
+    assert (len(cache), cache.damaged) == (5, 1)
 
 
 def test_what_is_forgotten_is_gone_from_disk_and_what_is_new_stays(tmp_path):
     filled(tmp_path, slice(0, 3))
-    store = ReferenceLogpStore(tmp_path, "a" * 64)
-    store.put(KEYS[3:], VALUES[3:])
-    store.forget()
-    store.flush()
-    assert len(store) == len(ReferenceLogpStore(tmp_path, "a" * 64)) == 2
+    cache = ReferenceLogpCache(tmp_path, "a" * 64)
+    cache.put(KEYS[3:], VALUES[3:])
+    cache.forget()
+    cache.flush()
+    assert len(cache) == len(ReferenceLogpCache(tmp_path, "a" * 64)) == 2
 
 
 def test_what_cannot_be_deleted_is_forgotten_all_the_same(tmp_path, monkeypatch):
     filled(tmp_path)
-    store = ReferenceLogpStore(tmp_path, "a" * 64)
+    cache = ReferenceLogpCache(tmp_path, "a" * 64)
     monkeypatch.setattr(Path, "unlink", lambda self: (_ for _ in ()).throw(PermissionError("read-only")))
-    store.forget()
-    store.reload()
-    assert len(store) == 0
+    cache.forget()
+    cache.reload()
+    assert len(cache) == 0
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ class _Fixed(ReferenceStrategy):
         self.values, self.noise = values, noise
 
     def run(self, model, batch, forward):
-        sides = torch.stack([self.values[key] for key in batch.keys]).T.flatten()
+        sides = torch.stack([self.values[key] for key in batch.row_hashes]).T.flatten()
         return CompletionLogps(sides + self.noise, sides, sides)
 
 
@@ -245,16 +245,16 @@ class TestCheckOfKeptRows:
 
     def values(self):
         torch.manual_seed(0)
-        return {key: torch.rand(2) * -50 for batch in self.batches() for key in batch.keys}
+        return {key: torch.rand(2) * -50 for batch in self.batches() for key in batch.row_hashes}
 
     def run(self, folder, noise=0.0, wrong=0.0, anew=False):
         """Keep log-probs off by `wrong`, and read them in another run."""
         values = self.values()
-        store = ReferenceLogpStore(folder, "a" * 64)
-        store.put(list(values), torch.stack(list(values.values())) + wrong)
-        store.flush()
+        cache = ReferenceLogpCache(folder, "a" * 64)
+        cache.put(list(values), torch.stack(list(values.values())) + wrong)
+        cache.flush()
         said = []
-        kept = KeptReference(_Fixed(values, noise), ReferenceLogpStore(folder, "a" * 64), bool, 1e-3, said.append)
+        kept = CachedReference(_Fixed(values, noise), ReferenceLogpCache(folder, "a" * 64), bool, 1e-3, said.append)
         found = [kept.logps(None, batch, None, anew=anew) for batch in self.batches()]
         return kept, torch.cat(found), torch.stack(list(values.values())), said
 
@@ -271,8 +271,8 @@ class TestCheckOfKeptRows:
         assert len(said) == 1
         assert "are not those of this reference" in said[0]
         assert kept.forwards == 5
-        kept.store.flush()
-        after = ReferenceLogpStore(tmp_path, "a" * 64)
+        kept.cache.flush()
+        after = ReferenceLogpCache(tmp_path, "a" * 64)
         assert torch.equal(after.get(list(self.values())), expected)
 
     def test_a_batch_can_be_run_anew(self, tmp_path):
@@ -283,7 +283,7 @@ class TestCheckOfKeptRows:
     def test_a_reference_that_is_not_finite_throws_nothing_away(self, tmp_path):
         kept, found, _, said = self.run(tmp_path, noise=math.nan)
         assert found[:8].isnan().all()
-        assert (len(kept.store), said) == (12, [])
+        assert (len(kept.cache), said) == (12, [])
 
     def test_rounding_grows_with_the_square_root_of_the_tokens_and_another_model_with_the_tokens(self):
         tokens = torch.full((4, 2), 400.0)
@@ -307,20 +307,20 @@ class TestCheckOfKeptRows:
                 return any(flags)
 
             mine = batches[rank::2] * 3
-            store = ReferenceLogpStore(tmp_path, "a" * 64)
-            kept = KeptReference(_Fixed(values), store, on_any_rank, 1e-3, lambda line: None)
+            cache = ReferenceLogpCache(tmp_path, "a" * 64)
+            kept = CachedReference(_Fixed(values), cache, on_any_rank, 1e-3, lambda line: None)
             try:
                 for batch in mine:
                     found = kept.logps(None, batch, None)
                     runs[rank].append(kept.fresh)
-                    assert torch.equal(found, torch.stack([values[key] for key in batch.keys]))
+                    assert torch.equal(found, torch.stack([values[key] for key in batch.row_hashes]))
             except BaseException as error:
                 errors.append(error)
                 barrier.abort()
 
-        first = ReferenceLogpStore(tmp_path, "a" * 64)
+        first = ReferenceLogpCache(tmp_path, "a" * 64)
         for rank in (0, 1):
-            keys = [key for batch in batches[rank::2] for key in batch.keys]
+            keys = [key for batch in batches[rank::2] for key in batch.row_hashes]
             first.put(keys, torch.stack([values[key] for key in keys]) + wrong * rank)
         first.flush()
         threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]

@@ -20,7 +20,7 @@ from dpo_plugin.health.checks import CHECKS
 from dpo_plugin.health.history import History, Series
 from dpo_plugin.host.commands.cli import dpo
 from dpo_plugin.metrics.fields import explain
-from dpo_plugin.metrics.pair import METRICS, MeanMetrics
+from dpo_plugin.metrics.pair import METRICS, MetricMeans
 from dpo_plugin.registry import Names, Registered
 from dpo_plugin.report.charts import (
     BUCKETS,
@@ -350,7 +350,7 @@ def test_every_chart_is_captioned_and_every_field_explained(healthy_page: str):
         assert len(panel.caption) > 30
         caption = panel.caption.split(";")[0].replace("'", "&#39;").replace(">", "&gt;")
         assert (caption in page) == (panel.key not in NOT_RECORDED)
-    metrics = MeanMetrics(METRICS)
+    metrics = MetricMeans(METRICS)
     metrics.update(some_pairs(30, sources=["a", "b/c"] * 15))
     for name in {*METRICS, *metrics.result(lambda values: values)}:
         assert explain(name).endswith("."), name

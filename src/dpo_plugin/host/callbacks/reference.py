@@ -12,7 +12,7 @@ from dpo_plugin.host.log import LOG
 
 
 class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
-    """Fills, flushes and re-reads the store of reference log-probs, and moves a reference that moves.
+    """Fills, flushes and re-reads the cache of reference log-probs, and moves a reference that moves.
 
     Args:
         trainer: The `PreferenceTrainer`.
@@ -25,12 +25,12 @@ class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """See that ranks agree; with ``precompute_ref_log_probs``, run the reference over all rows not kept yet."""
         check_ranks_agree(facts_of(self.trainer))
-        for kept in self.trainer._kept_buffers:
+        for kept in self.trainer._computed_buffers:
             kept.restore()
             kept.check()
-        self.trainer.travelled()
+        self.trainer.adapter_norms()
         self.trainer.remember_start(state.log_history)
-        if not args.precompute_ref_log_probs or self.trainer.reference.store is None:
+        if not args.precompute_ref_log_probs or self.trainer.reference.cache is None:
             return
         evaluation = self.trainer.eval_dataset
         sets = [self.trainer.train_dataset, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
@@ -60,12 +60,12 @@ class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
             self._share()
 
     def _share(self) -> None:
-        store = self.trainer.reference.store
-        if store is not None:
+        cache = self.trainer.reference.cache
+        if cache is not None:
             self._flush()
             if self.trainer.accelerator.num_processes > 1:
                 self.trainer.accelerator.wait_for_everyone()
-                store.reload()
+                cache.reload()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Let the reference move."""
@@ -80,10 +80,10 @@ class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
         self._flush()
 
     def _flush(self) -> None:
-        store = self.trainer.reference.store
-        if store is None:
+        cache = self.trainer.reference.cache
+        if cache is None:
             return
-        store.flush()
-        if store.failure and not self._told:
+        cache.flush()
+        if cache.failure and not self._told:
             self._told = True
-            LOG.warning(f"dpo_plugin: training goes on, but reference log-probs are not kept on disk: {store.failure}")
+            LOG.warning(f"dpo_plugin: training goes on, but reference log-probs are not kept on disk: {cache.failure}")

@@ -20,7 +20,7 @@ def dpo() -> None:
     """Preference tuning: look at data, references and results."""
 
 
-def explained(command: Callable[..., Any]) -> Callable[..., Any]:
+def report_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     """Print what a command returns, alone on stdout; show our errors as one message instead of a traceback.
 
     The host and its libraries log to stdout; what they say while the command works goes to stderr.
@@ -52,7 +52,7 @@ def show(result: Any) -> None:
 
 @dpo.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@explained
+@report_errors
 def plugins(as_json: bool) -> Any:
     """Show every registered format, reference strategy, loss and metric, and who brought it."""
     from dpo_plugin.registry import get_registry
@@ -75,7 +75,7 @@ def plugins(as_json: bool) -> Any:
 @click.option("--rows", type=click.IntRange(min=0), default=3, show_default=True, help="How many pairs to show.")
 @click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@explained
+@report_errors
 def preview(config: str, rows: int, split: str, as_json: bool) -> Any:
     """Show pairs of CONFIG as the model will see them, then the data audit; loads the tokenizer only."""
     from dpo_plugin.data.audit import audit_lines
@@ -101,7 +101,7 @@ def preview(config: str, rows: int, split: str, as_json: bool) -> Any:
     "--png", type=click.Path(file_okay=False), help="Also write each chart of the first run into this folder."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print verdict, findings and files as JSON.")
-@explained
+@report_errors
 def report(runs: tuple[str, ...], out: str | None, png: str | None, as_json: bool) -> Any:
     """Write one page about a run, or about several side by side; loads no model."""
     from pathlib import Path
@@ -131,7 +131,7 @@ def report(runs: tuple[str, ...], out: str | None, png: str | None, as_json: boo
 )
 @click.option("--checkpoint", metavar="DIR", help="The policy. Default: output_dir.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@explained
+@report_errors
 def compare(config: str, prompts: str | None, checkpoint: str | None, as_json: bool) -> Any:
     """Show answers of policy and reference side by side, and accuracy and margin on held-out pairs, by source."""
     from dpo_plugin.host.commands.compare import compare as run
@@ -146,7 +146,7 @@ def compare(config: str, prompts: str | None, checkpoint: str | None, as_json: b
 @click.option("--gpu-memory", type=float, required=True, help="Memory of each in GiB.")
 @click.option("--host-memory", type=float, help="Memory of the node in GiB.  [default: this machine's]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@explained
+@report_errors
 def plan(config: str, gpus: int, gpu_memory: float, host_memory: float | None, as_json: bool) -> Any:
     """Say what CONFIG needs per GPU with each engine, and what to write; reads no weights and needs no GPU."""
     from dpo_plugin.host.yaml_keys import read_yaml, typed
