@@ -61,11 +61,11 @@ def test_how_a_step_is_computed_changes_nothing(base_dir, sft_dir, tmp_path, fla
     with caplog.at_level(logging.INFO):
         run = host.train(config(base_dir, sft_dir, tmp_path, **settings), tmp_path)
     torch.testing.assert_close(curve(run), curve(flat), atol=2e-4, rtol=1e-4)
-    prefix_sharing_blocker = "two rows" in caplog.text
+    two_rows = "two rows" in caplog.text
     collator = run.trainer.data_collator
-    assert collator.flat != prefix_sharing_blocker
-    assert caplog.text.count("two rows each") == prefix_sharing_blocker
-    assert (run.trainer.model.config._attn_implementation == attention.NAME) != prefix_sharing_blocker
+    assert collator.flat != two_rows
+    assert caplog.text.count("two rows each") == two_rows
+    assert (run.trainer.model.config._attn_implementation == attention.NAME) != two_rows
     section = settings.get("dpo_plugin", {}).get("compute", {})
     if "max_tokens" in section:
         batch = next(iter(run.trainer.get_train_dataloader()))

@@ -50,7 +50,7 @@ class PairCollator:
         return {"packs": [self._lay_out(pack) for pack in self.packs(examples)]}
 
     def _lay_out(self, examples: Sequence[Example]) -> dict[str, Any]:
-        batch = flat_row(examples) if self.flat else prefix_sharing_blocker(examples, self.pad_token_id)
+        batch = flat_row(examples) if self.flat else padded_rows(examples, self.pad_token_id)
         return pad_right(batch, self.pad_token_id, self.pad_to_multiple_of or 1)
 
     def tokens(self, examples: Sequence[Example]) -> int:
@@ -106,7 +106,7 @@ def shared_segments(example: Example) -> tuple[int, int, int]:
     return prefix, prompt + len(chosen) - prefix, prompt + len(rejected) - prefix
 
 
-def prefix_sharing_blocker(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any]:
+def padded_rows(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any]:
     """The fields of a `PairBatch` of two padded rows per pair."""
     rows = [row for side in zip(*map(sequences, examples), strict=True) for row in side]
     length = max(map(len, rows))

@@ -127,32 +127,32 @@ class _FrozenHead(torch.autograd.Function):
     ) -> Tensor:
         wants_gradient = ctx.needs_input_grad[0]
         scores: list[Tensor] = []
-        slopes: list[Tensor] = []
+        grad_hidden: list[Tensor] = []
         for rows, wanted in zip(torch.split(hidden, size), torch.split(labels, size), strict=True):
             rows = rows.detach().requires_grad_(wants_gradient)
             with torch.set_grad_enabled(wants_gradient):
                 logits = logits_of(rows)
             by_product = options.entropy and product and wants_gradient and logits.dtype.itemsize >= 4
             rest = replace(options, entropy=False) if by_product else options
-            columns, slope = _scores_and_slope(logits.detach(), wanted, rest, wants_gradient)
+            columns, grad_logits = _scores_and_gradient(logits.detach(), wanted, rest, wants_gradient)
             scores.append(columns)
-            if slope is not None:
-                slopes += torch.autograd.grad(logits, rows, slope)
+            if grad_logits is not None:
+                grad_hidden += torch.autograd.grad(logits, rows, grad_logits)
             if by_product:
-                columns[:, ENTROPY] = torch.linalg.vecdot(rows.detach(), slopes[-1]) - columns[:, LOGP]
-        if slopes:
-            ctx.save_for_backward(torch.cat(slopes))
+                columns[:, ENTROPY] = torch.linalg.vecdot(rows.detach(), grad_hidden[-1]) - columns[:, LOGP]
+        if grad_hidden:
+            ctx.save_for_backward(torch.cat(grad_hidden))
         return torch.cat(scores)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (slopes,) = ctx.saved_tensors
-        return (gradient[:, LOGP, None] * slopes).to(slopes.dtype), None, None, None, None, None
+        (grad_hidden,) = ctx.saved_tensors
+        return (gradient[:, LOGP, None] * grad_hidden).to(grad_hidden.dtype), None, None, None, None, None
 
 
-def _scores_and_slope(
-    logits: Tensor, labels: Tensor, options: ForwardOptions, slope: bool
+def _scores_and_gradient(
+    logits: Tensor, labels: Tensor, options: ForwardOptions, wants_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`token_scores`, and onehot(label) − π; takes one buffer of the logits' size, or two; overwrites fp32."""
     dtype = logits.dtype
@@ -171,7 +171,7 @@ def _scores_and_slope(
     if options.wpo:
         collision = 2 * torch.linalg.vector_norm(values, dim=-1).log()
     scores = torch.stack([picked - (highest + total.log())[:, 0], mean, collision, entropy], dim=1)
-    if not slope:
+    if not wants_gradient:
         return scores, None
     values.neg_().scatter_add_(1, labels[:, None], torch.ones_like(values[:, :1]))
     return scores, values.to(dtype)

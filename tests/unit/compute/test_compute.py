@@ -134,7 +134,7 @@ def test_the_scoring_head_has_exact_gradients(head, chunk, monkeypatch):
     wanted = gradients(model, expected.sums)
     options = ForwardOptions(wpo=True, entropy=True, chunk=chunk)
     seen = []
-    monkeypatch.setattr(heads, "_scores_and_slope", spy(heads._scores_and_slope, seen))
+    monkeypatch.setattr(heads, "_scores_and_gradient", spy(heads._scores_and_gradient, seen))
     found = run_model(model, rows, options)
     got = gradients(model, found.sums)
     assert (found.sums - expected.sums).abs().max() <= 1e-9

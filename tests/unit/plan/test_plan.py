@@ -142,7 +142,7 @@ def test_two_depths_tell_every_other(adapters, checkpointed):
 
 
 def test_scoring_takes_two_and_a_half_times_a_chunk_of_fp32_logits():
-    """Per value of a chunk in bf16: logits 2 bytes, their fp32 copy 4, the slope 2, and 2 of the chunk before.
+    """Per value of a chunk in bf16: logits 2 bytes, their fp32 copy 4, the gradient 2, and 2 of the chunk before.
 
     So with 64 completion tokens, 16 more rows of 512 values take 16 · 512 · 10 bytes more, less the 16 hidden rows of
     64 · 2 bytes that smaller chunks have already left behind when the last begins.
