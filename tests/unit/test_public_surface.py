@@ -1,0 +1,94 @@
+"""What a user writes: keys of the YAML, commands and their options, hooks, registered names, names of the package.
+
+`tests/data/public_surface.json` was made from the code as it was before its files moved into one room per word, so that
+moving and shrinking them changes nothing that anybody writes. Left out of it:
+
+- descriptions, whose wording is free;
+- ``--png`` of ``axolotl dpo report``, the one option that was given up on purpose: each chart of the page is an SVG that a
+  browser saves or prints, and nothing read the PNG files.
+
+A key, option or name that is meant to come, go or change is a change of the file, made by
+``python -m tests.unit.test_public_surface``, and a line in CHANGELOG.md.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+import dpo_plugin
+from dpo_plugin import hookspecs
+from dpo_plugin.__main__ import dpo
+from dpo_plugin.config import DPOPluginConfig
+from dpo_plugin.registry import get_registry
+
+FILE = Path(__file__).parent.parent / "data/public_surface.json"
+FREE_WORDING = {"description", "title", "examples"}
+GIVEN_UP = {("report", "png")}
+
+
+def section() -> Any:
+    """JSON schema of ``dpo_plugin:`` with every reference put in place, so that the names of our classes do not count."""
+    schema = DPOPluginConfig.model_json_schema()
+    return without_wording(schema, schema["$defs"])
+
+
+def without_wording(part: Any, definitions: dict[str, Any]) -> Any:
+    if isinstance(part, list):
+        return [without_wording(one, definitions) for one in part]
+    if not isinstance(part, dict):
+        return part
+    if "$ref" in part:
+        rest = {key: value for key, value in part.items() if key != "$ref"}
+        return without_wording({**definitions[part["$ref"].rpartition("/")[2]], **rest}, definitions)
+    return {
+        key: {name: without_wording(one, definitions) for name, one in value.items()}
+        if key == "properties"
+        else without_wording(value, definitions)
+        for key, value in part.items()
+        if key not in FREE_WORDING | {"$defs"}
+    }
+
+
+def command(name: str, found: click.Command) -> dict[str, Any]:
+    facts = [parameter.to_info_dict() for parameter in found.params]
+    kept = ("param_type_name", "opts", "type", "required", "nargs", "multiple", "default", "is_flag")
+    return {
+        str(fact["name"]): {key: fact.get(key) for key in kept}
+        for fact in facts
+        if (name, fact["name"]) not in GIVEN_UP
+    }
+
+
+def surface() -> dict[str, Any]:
+    """All of it as JSON has it; names that a third party registered are not ours."""
+    registry = get_registry()
+    kinds = {kind: getattr(registry, kind) for kind in registry.__dataclass_fields__}
+    found = {
+        "section": section(),
+        "commands": {name: command(name, one) for name, one in dpo.commands.items()},
+        "hooks": sorted(name for name in vars(hookspecs) if name.startswith("dpo_")),
+        "registered": {
+            kind: sorted(name for name in names if names.owner(name) == "builtins") for kind, names in kinds.items()
+        },
+        "package": sorted(dpo_plugin.__all__),
+    }
+    return json.loads(json.dumps(found, sort_keys=True, default=repr))
+
+
+BEFORE = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
+
+
+@pytest.mark.parametrize("part", ["section", "commands", "hooks", "registered", "package"])
+def test_what_users_write_is_what_it_was(part: str):
+    assert surface()[part] == BEFORE[part]
+
+
+def test_every_public_name_of_the_package_is_there():
+    assert all(hasattr(dpo_plugin, name) for name in dpo_plugin.__all__)
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps(surface(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
