@@ -5,36 +5,48 @@ torch nor axolotl; names are resolved on first use (PEP 562), and ``type: dpo_pl
 finds the registered preference format of that name.
 """
 
-from importlib import import_module
+import importlib
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pluggy import HookimplMarker
+if TYPE_CHECKING:
+    from dpo_plugin.config import DPOPluginConfig as DPOPluginConfig
+    from dpo_plugin.errors import DPOPluginError as DPOPluginError
+    from dpo_plugin.hookspecs import hookimpl as hookimpl
+    from dpo_plugin.host.plugin import DPOPlugin as DPOPlugin
+    from dpo_plugin.model.references import ReferenceStrategy as ReferenceStrategy
+    from dpo_plugin.types import Message as Message
+    from dpo_plugin.types import PairBatch as PairBatch
+    from dpo_plugin.types import PairLogps as PairLogps
+    from dpo_plugin.types import PreferencePair as PreferencePair
 
-__version__ = "0.1.0"
-
-hookimpl = HookimplMarker("dpo_plugin")
+    __version__: str
 
 _LAZY = {
     "DPOPlugin": "dpo_plugin.host.plugin",
-    "DPOPluginError": "dpo_plugin.errors",
     "DPOPluginConfig": "dpo_plugin.config",
+    "DPOPluginError": "dpo_plugin.errors",
     "Message": "dpo_plugin.types",
     "PairBatch": "dpo_plugin.types",
     "PairLogps": "dpo_plugin.types",
     "PreferencePair": "dpo_plugin.types",
     "ReferenceStrategy": "dpo_plugin.model.references",
+    "hookimpl": "dpo_plugin.hookspecs",
 }
 
-__all__ = ["DPOPlugin", "__version__", "hookimpl", *sorted(_LAZY.keys() - {"DPOPlugin"})]
+__all__ = ["__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("dpo-plugin")
     if name.startswith("__") or find_spec(f"{__name__}.{name}"):  # `from dpo_plugin import <submodule>` asks here first
         raise AttributeError(name)
     if name in _LAZY:
         try:
-            value = getattr(import_module(_LAZY[name]), name)
+            value = getattr(importlib.import_module(_LAZY[name]), name)
         except ImportError as error:
             # axolotl prints an ImportError of a plugin and trains on without it (integrations/base.py, 0.19).
             from dpo_plugin.errors import DPOPluginError

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dpo_plugin import hookimpl
 from dpo_plugin.compute.losses import LOSSES, PreferenceLoss
 from dpo_plugin.data.formats import FORMATS, PreferenceFormat
 from dpo_plugin.health.checks import CHECKS
 from dpo_plugin.health.monitor import HealthCheck
+from dpo_plugin.hookspecs import hookimpl
 from dpo_plugin.metrics.pair import METRICS, PreferenceMetric
 from dpo_plugin.model.references import STRATEGIES, ReferenceStrategy
 

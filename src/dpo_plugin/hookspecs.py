@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from pluggy import HookspecMarker
+from pluggy import HookimplMarker, HookspecMarker
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dpo_plugin.types import Finding, PairLogps
 
 hookspec = HookspecMarker("dpo_plugin")
+hookimpl = HookimplMarker("dpo_plugin")
 
 
 @hookspec

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-import dpo_plugin
 from dpo_plugin.data.audit import audit_lines
 
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
@@ -31,7 +31,7 @@ def model_card(
     front = {"base_model": base, "library_name": library, "tags": ["dpo", "axolotl", "dpo_plugin"]}
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {output_dir.name}", ""]
     what = "adapter for" if adapter else "of"
-    lines += [f"DPO {what} `{base}`, trained with axolotl and dpo_plugin {dpo_plugin.__version__}.", ""]
+    lines += [f"DPO {what} `{base}`, trained with axolotl and dpo_plugin {version('dpo-plugin')}.", ""]
     lines += [f"- **{name}**: {value}" for name, value in facts.items()]
     lines += ["", "## Final metrics", "", *_metrics(history)]
     audit = output_dir / "data_audit.json"

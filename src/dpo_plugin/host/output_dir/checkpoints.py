@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
-import dpo_plugin
 from dpo_plugin.engines.ranks import gather_object
 from dpo_plugin.errors import CheckpointError
 from dpo_plugin.host.log import LOG
@@ -48,7 +48,7 @@ def write_marker(folder: Path, origin: Origin, files: Mapping[str, str] | None =
         origin: What it was trained with.
         files: Path in the folder → SHA-256, for a checkpoint that is whole.
     """
-    content = {"dpo_plugin": dpo_plugin.__version__, "reference": dict(origin.reference), "base": origin.base}
+    content = {"dpo_plugin": version("dpo-plugin"), "reference": dict(origin.reference), "base": origin.base}
     if files is not None:
         content["files"] = dict(files)
     text = json.dumps({**content, "digest": _digest_of(content)}, indent=2)
