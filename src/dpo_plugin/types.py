@@ -240,36 +240,36 @@ class Finding:
     """What a health check found.
 
     Attributes:
-        what: What was found, in a sentence.
+        message: What was found, in a sentence.
         advice: What to change; ends with the line to write.
         severity: How bad it is.
-        since: First step at which it was so.
-        numbers: What it was found by.
+        first_step: First step at which the check found it.
+        numbers: The figures that show it.
         check: The check's registered name; filled in by `HealthMonitor`.
-        last: Last step at which it was so; filled in by `HealthMonitor`.
+        last_step: Last step at which the check found it; filled in by `HealthMonitor`.
     """
 
-    what: str
+    message: str
     advice: str
     severity: Severity = "warning"
-    since: int = 0
+    first_step: int = 0
     numbers: Mapping[str, float] = field(default_factory=dict)
     check: str = ""
-    last: int = 0
+    last_step: int = 0
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """A finding as it was written to JSON; keys of another version are passed over.
+        """A finding as it was written to JSON; unknown keys are skipped.
 
         Raises:
-            TypeError: If ``what`` or ``advice`` is missing, or a field is of another kind.
+            TypeError: If ``message`` or ``advice`` is missing, or a field has the wrong type.
         """
         known = {entry.name for entry in fields(cls)}
         found = cls(**{key: value for key, value in values.items() if key in known})
-        texts = all(isinstance(text, str) for text in (found.what, found.advice, found.check))
-        steps = all(type(step) is int for step in (found.since, found.last))
+        texts = all(isinstance(text, str) for text in (found.message, found.advice, found.check))
+        steps = all(type(step) is int for step in (found.first_step, found.last_step))
         if not (texts and steps and isinstance(found.numbers, Mapping) and found.severity in get_args(Severity)):
-            raise TypeError("this is no finding of ours")
+            raise TypeError("not a finding")
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -278,4 +278,4 @@ class Finding:
 
     def text(self) -> str:
         """One line for the log."""
-        return f"health: {self.check} ({self.severity}, since step {self.since}): {self.what}. {self.advice}"
+        return f"health: {self.check} ({self.severity}, since step {self.first_step}): {self.message}. {self.advice}"

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dpo_plugin.health import learning
-from dpo_plugin.health import sanity as soundness
+from dpo_plugin.health import learning, sanity
 from dpo_plugin.health.monitor import Check
 
 DPO = "Rafailov et al. 2023, arXiv 2305.18290"
@@ -17,26 +16,26 @@ PARK = "Park et al. 2024, arXiv 2403.19159"
 
 CHECKS: Mapping[str, Check] = {
     "no_completion_tokens": Check(
-        find=soundness.no_completion_tokens,
+        find=sanity.no_completion_tokens,
         severity="error",
         rule="fewer than one completion token per pair is left of chosen or rejected, or both log-probs are 0",
         threshold=1.0,
         window=3,
-        source="a published 72B run that trained on prompts cut at 32 tokens: log-probs 0, loss 0.6931 throughout",
+        source="a published 72B run whose rows were cut at 32 tokens: log-probs 0, loss 0.6931 throughout",
         advice="Prompts fill the whole sequence length, so there is nothing to learn from. Give them room, or set "
         "`dpo_plugin.data.truncation_side: left`, which cuts prompts instead.",
     ),
     "pairs_mostly_cut": Check(
-        find=soundness.mostly_cut,
+        find=sanity.mostly_cut,
         severity="warning",
         rule="share of the training pairs that are cut or left out because of their length",
         threshold=0.5,
         window=0,
         source="the data audit",
-        advice="What is trained is another data set than the one that was named.",
+        advice="The run does not train on the data set that the config names, but on what is left of it.",
     ),
     "step_zero_identity": Check(
-        find=soundness.step_zero,
+        find=sanity.step_zero,
         severity="error",
         rule="policy and reference start from the same weights, but their log-probs at step 1 (evaluation: 0) differ "
         "by more nats",
@@ -46,7 +45,7 @@ CHECKS: Mapping[str, Check] = {
         advice="The reference is not what the policy started from, so rewards measure something else.",
     ),
     "not_finite": Check(
-        find=soundness.not_finite,
+        find=sanity.not_finite,
         severity="error",
         rule="NaN or infinity in loss, log-probs or rewards, or more than once in the gradient norm",
         threshold=2.0,
@@ -56,7 +55,7 @@ CHECKS: Mapping[str, Check] = {
         advice="From here on the weights may be NaN; go back to the last checkpoint before that step.",
     ),
     "gradient_vanished": Check(
-        find=soundness.gradient_vanished,
+        find=sanity.gradient_vanished,
         severity="error",
         rule="the gradient norm stays below it",
         threshold=1e-7,
@@ -66,7 +65,7 @@ CHECKS: Mapping[str, Check] = {
         advice="Look at the number of trainable parameters that the run printed, and at `lora_target_modules`.",
     ),
     "gradient_exploded": Check(
-        find=soundness.gradient_exploded,
+        find=sanity.gradient_exploded,
         severity="warning",
         rule="in most of the window the gradient norm is more than this many times its maximum in the first ten lines",
         threshold=10.0,
@@ -103,8 +102,8 @@ CHECKS: Mapping[str, Check] = {
         threshold=2.0,
         window=20,
         source=f"{DPO}, section 4: a step raises the margin of its own pairs",
-        advice="Chosen and rejected do not part, or the wrong way. Look with `axolotl dpo preview` whether the columns "
-        "are the right way round; then change the rate, or lower a β above 0.3.",
+        advice="Chosen and rejected do not separate, or separate the wrong way. Check with `axolotl dpo preview` that "
+        "the columns are the right way round; then change the learning rate, or lower a β above 0.3.",
     ),
     "accuracy_at_chance": Check(
         find=learning.accuracy_at_chance,
@@ -112,7 +111,7 @@ CHECKS: Mapping[str, Check] = {
         rule="after a third of the steps the held-out accuracy is below it (lower for small sets) at each evaluation",
         threshold=0.55,
         window=2,
-        source="a coin gives 0.5; 0.6 must be a standard error away, √(1/4n)",
+        source="chance gives 0.5; 0.6 must be a standard error away, √(1/4n)",
         advice="What is learned does not carry over: labels may be noise (`dpo_label_smoothing`), the held-out data of "
         "another kind, or its columns the wrong way round.",
     ),
@@ -124,9 +123,9 @@ CHECKS: Mapping[str, Check] = {
         threshold=0.7,
         window=20,
         source=f"{RAZIN}; ln 2 ≈ 0.7 nats halve the probability of every token",
-        advice="If the margin rises, then only because rejected falls faster; the probability goes to other answers. "
+        advice="If the margin rises, it is only because rejected falls faster; the probability moves to other answers. "
         "Add the `sft` term, take `dpo_loss_type: [apo_zero]`, raise `rl_beta`, or drop pairs whose answers are almost "
-        "the same.",
+        "identical.",
     ),
     "overfitting": Check(
         find=learning.overfitting,
@@ -149,7 +148,7 @@ CHECKS: Mapping[str, Check] = {
         threshold=0.5,
         window=20,
         source=PARK,
-        advice="Length is learned instead of preference. Take the length-normalised loss, or "
+        advice="The policy learns length instead of preference. Use the length-normalised loss, or "
         "`dpo_plugin: {loss: {ld_alpha: 0.5}}`, which weights the surplus tokens down.",
     ),
     "saturated_pairs": Check(
@@ -159,10 +158,10 @@ CHECKS: Mapping[str, Check] = {
         threshold=0.9,
         window=20,
         source=f"{DPO}, section 4: such a pair's gradient is below a fiftieth of what it was at step 0",
-        advice="The rest of the run costs time and moves the policy away from the reference for nothing.",
+        advice="The rest of the run costs time and moves the policy away from the reference for no gain.",
     ),
     "quantised_rewards": Check(
-        find=soundness.quantised,
+        find=sanity.quantised,
         severity="warning",
         rule="no reward of the window has more binary digits",
         threshold=12.0,
@@ -172,7 +171,7 @@ CHECKS: Mapping[str, Check] = {
         "fp32.",
     ),
     "learning_rate_below_precision": Check(
-        find=soundness.rate_below_precision,
+        find=sanity.rate_below_precision,
         severity="warning",
         rule="after ten steps at the peak rate a smaller share of the values that the optimizer updates, embeddings "
         "aside, is not what it was at the start",
@@ -185,13 +184,13 @@ CHECKS: Mapping[str, Check] = {
         "fine-tuning; or raise the learning rate.",
     ),
     "reference_drift": Check(
-        find=soundness.reference_drift,
+        find=sanity.reference_drift,
         severity="error",
         rule="the log-prob of the held-out data under a fixed reference changes by this share",
         threshold=0.01,
         window=2,
         source=f"{DPO}, eq. 7: π_ref is a constant",
         advice="Something trains or overwrites the reference: another plugin, a callback, or an optimizer over all "
-        "parameters. Take it out, and name the reference.",
+        "parameters. Remove it, and name the reference.",
     ),
 }

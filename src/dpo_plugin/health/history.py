@@ -1,4 +1,4 @@
-"""What a run has logged so far, held as one series per field; what health checks and the report read."""
+"""What a run has logged so far, as one series per field, for health checks and the report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Points = Sequence[tuple[int, float]]
 
 
 class Series:
-    """Finite values of one logged field by step, at 16 bytes each, so that a hundred thousand lines can be held."""
+    """Finite values of one logged field by step, 16 bytes each, so that a hundred thousand lines fit."""
 
     __slots__ = ("steps", "values")
 
@@ -43,7 +43,7 @@ class Series:
 
 
 def mean(points: Points) -> float:
-    """The mean of values that are not none."""
+    """Return the mean value of at least one point."""
     return fmean(value for _, value in points)
 
 
@@ -59,7 +59,7 @@ class History:
 
     Attributes:
         step: The last logged step.
-        not_finite: Field → first step and number of lines with NaN or infinity, which the series leave out.
+        not_finite: Field → first step and number of lines with NaN or infinity; the series leave these out.
     """
 
     def __init__(self, facts: RunFacts | None = None, audits: Sequence[Mapping[str, Any]] = ()):
@@ -72,7 +72,7 @@ class History:
         self._peak_rate = 0.0
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Take in a logged line: ``step`` and any number of fields; what is no number is passed over."""
+        """Add a logged line: ``step`` and any number of fields. Non-numeric values are skipped."""
         step = line.get("step")
         if not isinstance(step, int):
             return
@@ -107,12 +107,12 @@ class History:
         return list(self._series)
 
     def full_rate_steps(self) -> float:
-        """How many steps at the peak learning rate the steps so far amount to; those of the warm-up count for less."""
+        """Return the steps so far in steps at the peak learning rate; those of the warm-up count for less."""
         peak = self.rate()
         return self._rate_by_steps / peak if peak and RATE in self else float(self.step)
 
     def learned_enough(self, share: float) -> bool:
-        """Whether this share of the planned steps, and at least 30, were taken at the peak learning rate or as much."""
+        """Whether `full_rate_steps` has reached this share of the planned steps, and 30 steps."""
         return self.full_rate_steps() >= max(30.0, share * (self.facts.planned_steps or 0))
 
     def rate(self) -> float:

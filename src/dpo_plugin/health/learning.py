@@ -1,7 +1,7 @@
-"""Rules of the built-in health checks that ask whether a run learns, and what.
+"""Rules of the built-in health checks about learning: whether a run learns, and what it learns.
 
-Thresholds, windows and advice are in `dpo_plugin.health.checks`. A rule sees the history and its check and looks at
-the last lines only.
+Thresholds, windows and advice are in `dpo_plugin.health.checks`. A rule gets the history and its check and reads only
+the last lines.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dpo_plugin.health.monitor import Check, Symptom, scaled_rate, short
 LN2 = math.log(2)
 
 AT_LN2 = 0.002
-"""Nats between a loss and ln 2 that count as none: a mean margin of 0.004."""
+"""Nats within which a loss counts as ln 2; a mean margin of 0.004 moves it that far."""
 
 EARLY = 5
-"""Log lines at the beginning that a run is compared with, where nothing of it was measured at step 0."""
+"""Log lines that stand for the start of a run in which nothing was measured at step 0."""
 
 
 def loss_diverged(history: History, check: Check) -> Symptom | None:
@@ -28,9 +28,10 @@ def loss_diverged(history: History, check: Check) -> Symptom | None:
     if times is None or times < check.threshold:
         return None
     tail = history["loss"].tail(check.window)
-    what = f"the loss is {mean(tail):.3g} over the last {len(tail)} log lines, {times:.1f} times what it was at first"
-    since = next(step for step, value in tail if value >= mean(tail) / times * check.threshold)
-    return Symptom(since, what, {"loss": mean(tail), "times": times}, scaled_rate(history, 0.1))
+    level = mean(tail)
+    message = f"the loss is {level:.3g} over the last {len(tail)} log lines, {times:.1f} times what it was at first"
+    first_step = next(step for step, value in tail if value >= level / times * check.threshold)
+    return Symptom(first_step, message, {"loss": level, "times": times}, scaled_rate(history, 0.1))
 
 
 def _times_first_loss(history: History, window: int) -> float | None:
@@ -41,8 +42,8 @@ def _times_first_loss(history: History, window: int) -> float | None:
 def _first_loss(history: History) -> float:
     """The loss before training; ln 2 where it is the sigmoid one and policy and reference agree.
 
-    Elsewhere the mean of the first lines, or the very first where that is more: a loss that falls within them is no
-    measure of what is bad. Where ln 2 is not certain, a start above it counts.
+    Otherwise the mean of the first lines, or the very first line if that is higher, since the loss may already fall
+    within them. Where ln 2 is not certain, a start above it counts.
     """
     first = history["loss"].head(EARLY)
     if not first:
@@ -53,7 +54,7 @@ def _first_loss(history: History) -> float:
 
 
 def _away_from(history: History, otherwise: str) -> str:
-    """The line against a policy that has run away: a lower rate where the loss is above its start, or another line."""
+    """The line to write: a lower learning rate where the loss is above its start, ``otherwise`` if it is not."""
     return scaled_rate(history, 0.1) if (_times_first_loss(history, 10) or 0) > 1.1 else otherwise
 
 
@@ -62,8 +63,8 @@ def loss_at_ln2(history: History, check: Check) -> Symptom | None:
     tail = _lines_at_ln2(history, check.window, check.threshold)
     if not tail:
         return None
-    what = f"the loss stays at ln 2 = 0.6931 (mean {mean(tail):.4f} of the last {len(tail)} log lines)"
-    return Symptom(tail[0][0], what, {"loss": mean(tail)}, _higher_rate(history))
+    message = f"the loss stays at ln 2 = 0.6931 (mean {mean(tail):.4f} of the last {len(tail)} log lines)"
+    return Symptom(tail[0][0], message, {"loss": mean(tail)}, _higher_rate(history))
 
 
 def _higher_rate(history: History) -> str:
@@ -72,7 +73,7 @@ def _higher_rate(history: History) -> str:
 
 
 def _lines_at_ln2(history: History, window: int, threshold: float) -> Points:
-    """The last log lines, if the sigmoid loss has not moved in them though the learning rate would have moved it."""
+    """The last log lines, if the sigmoid loss has not moved in them although the learning rate should have moved it."""
     if tuple(history.facts.losses) not in ((), ("sigmoid",)):
         return []
     few = history["loss"].tail(8)
@@ -96,9 +97,9 @@ def margin_not_rising(history: History, check: Check) -> Symptom | None:
     if _lines_at_ln2(history, check.window, AT_LN2):
         return None  # loss_at_ln2 says the same, and more
     beta = history.facts.beta or 0.0
-    what = f"the margin is not above 0 (mean {short(level)} ± {short(error)} over the last {len(tail)} log lines)"
-    write = _away_from(history, "rl_beta: 0.1" if beta > 0.3 else scaled_rate(history, 5))
-    return Symptom(tail[0][0], what, {"rewards/margins": level, "standard error": error}, write)
+    message = f"the margin is not above 0 (mean {short(level)} ± {short(error)} over the last {len(tail)} log lines)"
+    suggestion = _away_from(history, "rl_beta: 0.1" if beta > 0.3 else scaled_rate(history, 5))
+    return Symptom(tail[0][0], message, {"rewards/margins": level, "standard error": error}, suggestion)
 
 
 def accuracy_at_chance(history: History, check: Check) -> Symptom | None:
@@ -110,10 +111,13 @@ def accuracy_at_chance(history: History, check: Check) -> Symptom | None:
     pairs = max(1.0, (history["eval_rewards/count"].tail(1) or [(0, math.inf)])[0][1])
     if best >= min(check.threshold, 0.6 - 0.5 / math.sqrt(pairs)):  # 0.6 must be a standard error away: small sets
         return None
-    coin = "as by tossing a coin" if best > 0.45 else "fewer than by tossing a coin"
-    what = f"at most {best:.0%} of the held-out pairs are ranked right, {coin}, at the last {check.window} evaluations"
-    write = _away_from(history, scaled_rate(history, 5))
-    return Symptom(tail[0][0], what, {"eval_rewards/accuracies": best}, write)
+    level = "no better" if best > 0.45 else "worse"
+    message = (
+        f"at most {best:.0%} of the held-out pairs are ranked right at the last {check.window} evaluations, {level} "
+        "than chance"
+    )
+    suggestion = _away_from(history, scaled_rate(history, 5))
+    return Symptom(tail[0][0], message, {"eval_rewards/accuracies": best}, suggestion)
 
 
 def likelihood_displacement(history: History, check: Check) -> Symptom | None:
@@ -122,14 +126,14 @@ def likelihood_displacement(history: History, check: Check) -> Symptom | None:
     if chosen is None or rejected is None or mean(chosen) > -check.threshold or mean(rejected) > 0:
         return None
     both = mean(chosen), mean(rejected)
-    what = f"the log-probability of chosen has fallen by {-both[0]:.2f} {unit}, of rejected by {-both[1]:.2f}"
-    write = _away_from(history, "dpo_loss_type: [sigmoid, sft] and dpo_loss_weights: [1.0, 0.2]")
-    since = next(step for step, value in chosen if value <= -check.threshold)
-    return Symptom(since, what, {"chosen": both[0], "rejected": both[1]}, write)
+    message = f"the log-probability of chosen has fallen by {-both[0]:.2f} {unit}, of rejected by {-both[1]:.2f}"
+    suggestion = _away_from(history, "dpo_loss_type: [sigmoid, sft] and dpo_loss_weights: [1.0, 0.2]")
+    first_step = next(step for step, value in chosen if value <= -check.threshold)
+    return Symptom(first_step, message, {"chosen": both[0], "rejected": both[1]}, suggestion)
 
 
 def _fall(history: History, side: str, check: Check) -> tuple[Points | None, str]:
-    """The last changes of a side's log-prob since step 0, and their unit; other trainers log no such field."""
+    """A side's last changes of log-prob since step 0, and their unit; estimated for logs without that field."""
     if f"logps/{side}_displacement" in history:
         return history[f"logps/{side}_displacement"].full_tail(check.window), "nats per token"
     tail = history[f"logps/{side}"].full_tail(check.window + EARLY)
@@ -140,7 +144,7 @@ def _fall(history: History, side: str, check: Check) -> tuple[Points | None, str
 
 
 RISES = 4
-"""Evaluations in a row at each of which the held-out loss rises, after which chance is no explanation: a 24th each."""
+"""Rises of the held-out loss in a row that chance does not explain: one order of five values in 120."""
 
 
 def overfitting(history: History, check: Check) -> Symptom | None:
@@ -153,11 +157,11 @@ def overfitting(history: History, check: Check) -> Symptom | None:
     lowest, at = losses.values[best], losses.steps[best]
     if not _has_risen(losses, lowest, check.threshold) or _ranks_better(history, best):
         return None
-    what = (
+    message = (
         f"{mean(train):.0%} of the training pairs are ranked right, and the held-out loss has risen from "
         f"{lowest:.4f} at step {at} to {last:.4f} at step {last_step}"
     )
-    return Symptom(at, what, {"eval_loss": last, "lowest": lowest}, _less_capacity(history))
+    return Symptom(at, message, {"eval_loss": last, "lowest": lowest}, _less_capacity(history))
 
 
 def _has_risen(losses: Series, lowest: float, share: float) -> bool:
@@ -172,7 +176,7 @@ def _has_risen(losses: Series, lowest: float, share: float) -> bool:
 def _ranks_better(history: History, best: int) -> bool:
     """Whether accuracy is higher than at the minimum of the loss, by more than its standard error √(1/4n).
 
-    At step 0 nothing is ranked and accuracy is 0; a coin's is what an untrained policy has.
+    Chance is the floor: at step 0 nothing is ranked and accuracy is 0.
     """
     accuracy, losses = history["eval_rewards/accuracies"], history["eval_loss"]
     if len(accuracy) != len(losses):
@@ -198,12 +202,12 @@ def length_exploitation(history: History, check: Check) -> Symptom | None:
     correlation, shorter, longer = (mean(tail) for tail in tails if tail is not None)
     if correlation < check.threshold or shorter > 0.45 or longer < 0.6:
         return None
-    what = (
-        f"the margin goes with the length (correlation {correlation:.2f}): {longer:.0%} of the pairs with the longer "
+    message = (
+        f"the margin correlates with length ({correlation:.2f}): {longer:.0%} of the pairs with the longer "
         f"chosen are ranked right, {shorter:.0%} of those with the shorter"
     )
     numbers = dict(zip(names, (correlation, shorter, longer), strict=True))
-    return Symptom((tails[0] or [(0, 0.0)])[0][0], what, numbers, "dpo_loss_type: [sigmoid_norm]")
+    return Symptom((tails[0] or [(0, 0.0)])[0][0], message, numbers, "dpo_loss_type: [sigmoid_norm]")
 
 
 def saturated(history: History, check: Check) -> Symptom | None:
@@ -212,10 +216,10 @@ def saturated(history: History, check: Check) -> Symptom | None:
     progress = history.progress()
     if tail is None or progress is None or progress > 0.75 or mean(tail) < check.threshold:
         return None
-    what = (
+    message = (
         f"{mean(tail):.0%} of the pairs have σ(margin) > 0.99 and give no gradient any more, "
         f"with {1 - progress:.0%} of the steps to go"
     )
     epochs = history.facts.epochs or 1
-    write = "num_epochs: 1" if epochs > 1 else scaled_rate(history, 0.5)
-    return Symptom(tail[0][0], what, {"rewards/saturated": mean(tail)}, write)
+    suggestion = "num_epochs: 1" if epochs > 1 else scaled_rate(history, 0.5)
+    return Symptom(tail[0][0], message, {"rewards/saturated": mean(tail)}, suggestion)

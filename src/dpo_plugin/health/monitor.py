@@ -14,27 +14,27 @@ HealthCheck = Callable[[History], Finding | None]
 
 @dataclass(frozen=True, slots=True)
 class Symptom:
-    """What a rule saw.
+    """What a rule found.
 
     Attributes:
-        since: First step at which it was so.
-        what: What was found, in a sentence without a full stop.
-        numbers: What it was found by.
-        write: The line to write, as the YAML has it.
+        first_step: First step at which the rule held.
+        message: What was found, in a sentence without a full stop.
+        numbers: The figures that show it.
+        suggestion: The line to write, as the YAML has it.
     """
 
-    since: int
-    what: str
+    first_step: int
+    message: str
     numbers: Mapping[str, float]
-    write: str
+    suggestion: str
 
 
 @dataclass(frozen=True)
 class Check:
-    """A rule with all that is to be known of it; a `HealthCheck`.
+    """A rule with its threshold, window, source and advice; a `HealthCheck`.
 
     Attributes:
-        find: The rule; sees the run and this check's threshold and window, so its cost does not grow with the run.
+        find: The rule; it reads no more of the run than ``window`` lines, so its cost does not grow with the run.
         severity: How bad it is.
         rule: The rule in words.
         threshold: The number that the rule compares with, in the unit that ``rule`` names.
@@ -56,8 +56,8 @@ class Check:
         symptom = self.find(history, self)
         if symptom is None:
             return None
-        advice = f"{self.advice} Write: {symptom.write}"
-        return Finding(symptom.what, advice, self.severity, symptom.since, symptom.numbers)
+        advice = f"{self.advice} Write: {symptom.suggestion}"
+        return Finding(symptom.message, advice, self.severity, symptom.first_step, symptom.numbers)
 
 
 def short(number: float) -> str:
@@ -71,7 +71,7 @@ def scaled_rate(history: History, factor: float) -> str:
 
 
 class HealthMonitor:
-    """Runs health checks on a growing history and keeps what they found.
+    """Run health checks on a growing history and keep their findings.
 
     Args:
         checks: Name → health check.
@@ -92,30 +92,30 @@ class HealthMonitor:
         self._owner = owner
 
     def add(self, line: Mapping[str, Any]) -> list[Finding]:
-        """Take in a logged line and run every check.
+        """Add a logged line and run every check.
 
         Returns:
-            Findings of checks that had found nothing before.
+            The findings of checks that had found nothing so far.
         """
         self.history.add(line)
         return self.check()
 
     def check(self) -> list[Finding]:
-        """Run every check on the history as it is; returns the findings of checks that had found nothing before."""
+        """Run every check on the history as it is; return the findings of checks that had found nothing so far."""
         new = []
         for name in list(self._checks):
             found = self._run(name)
             if found is None:
                 continue
             known = self.findings.get(name)
-            since = found.since if known is None else min(found.since, known.since)
-            self.findings[name] = replace(found, check=name, since=since, last=self.history.step)
+            first = found.first_step if known is None else min(found.first_step, known.first_step)
+            self.findings[name] = replace(found, check=name, first_step=first, last_step=self.history.step)
             if known is None:
                 new.append(self.findings[name])
         return new
 
     def _run(self, name: str) -> Finding | None:
-        """A check that fails is a finding itself, and is not run again: it must not end a run of days."""
+        """Run a check; one that fails becomes a finding and is not run again, since it must not end a run of days."""
         try:
             found: Any = self._checks[name](self.history)
             if found is None or isinstance(found, Finding):
@@ -128,15 +128,12 @@ class HealthMonitor:
             f"the health check {name!r} of {self._owner(name)} {problem}; it is off for the rest of the run",
             "Update or uninstall the package that brought it. "
             f"Write: def {name}(history) -> Finding | None, and return None where a field is missing",
-            since=self.history.step,
+            first_step=self.history.step,
         )
 
 
 def switched_on(checks: Mapping[str, HealthCheck], config: Mapping[str, Any]) -> dict[str, HealthCheck]:
-    """The checks without those that ``dpo_plugin.health`` in a run's config switches off.
-
-    A damaged section switches nothing off.
-    """
+    """Leave out the checks that ``dpo_plugin.health`` in a run's config switches off; a damaged section has no say."""
     section = config.get("dpo_plugin")
     health = section.get("health") if isinstance(section, Mapping) else None
     actions = health.get("checks") if isinstance(health, Mapping) else None
@@ -152,14 +149,14 @@ def replay(
     owner: Callable[[str], str] = lambda _: "dpo_plugin",
     stops: int = 200,
 ) -> list[Finding]:
-    """Run the checks on a finished run as they would have seen it, at evenly spaced lines.
+    """Run the checks on a finished run at evenly spaced lines, on what had been logged until then.
 
     Args:
         checks: Name → health check.
-        history: Without lines; takes in all of them.
+        history: Without lines; all of them are added to it.
         lines: All logged lines.
         owner: As in `HealthMonitor`.
-        stops: How often the checks are run; more find a passing fault with more certainty.
+        stops: How often the checks are run; a brief fault may fall between two of them.
 
     Returns:
         The findings, worst and earliest first.
@@ -174,5 +171,5 @@ def replay(
 
 
 def in_order(findings: Iterable[Finding]) -> list[Finding]:
-    """Findings, errors first, then by the step since which they hold."""
-    return sorted(findings, key=lambda found: (found.severity != "error", found.since, found.check))
+    """Sort findings: errors first, then by their first step."""
+    return sorted(findings, key=lambda found: (found.severity != "error", found.first_step, found.check))

@@ -1,7 +1,7 @@
-"""Rules of the built-in health checks that ask whether a run is sound: data, start, numbers, precision, reference.
+"""Rules of the built-in health checks about a run's soundness: data, start, numbers, precision, reference.
 
-Thresholds, windows and advice are in `dpo_plugin.health.checks`. A rule sees the history and its check and looks at
-the last lines only. A reward divided by β is a log-ratio in nats.
+Thresholds, windows and advice are in `dpo_plugin.health.checks`. A rule gets the history and its check and reads only
+the last lines. A reward divided by β is a log-ratio in nats.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def no_completion_tokens(history: History, check: Check) -> Symptom | None:
         empty = [(step, value) for step, value in tail if value < check.threshold]
         if empty:
             side = name.removeprefix("lengths/")
-            what = f"{empty[-1][1]:.2g} completion tokens of {side} are left on average"
-            return Symptom(empty[0][0], what, {name: empty[-1][1]}, _longer_sequences(history))
+            message = f"{empty[-1][1]:.2g} completion tokens of {side} are left on average"
+            return Symptom(empty[0][0], message, {name: empty[-1][1]}, _longer_sequences(history))
     if names:
         return None
     sides = [history[name].full_tail(check.window) for name in ("logps/chosen", "logps/rejected")]
     if all(side is not None and all(value == 0 for _, value in side) for side in sides):
-        what = "the log-probabilities of chosen and rejected are exactly 0: no completion token is left"
-        return Symptom((sides[0] or [(0, 0.0)])[0][0], what, {"logps/chosen": 0.0}, _longer_sequences(history))
+        message = "the log-probabilities of chosen and rejected are exactly 0: no completion token is left"
+        return Symptom((sides[0] or [(0, 0.0)])[0][0], message, {"logps/chosen": 0.0}, _longer_sequences(history))
     return None
 
 
@@ -43,8 +43,8 @@ def mostly_cut(history: History, check: Check) -> Symptom | None:
         share = (cut + long) / max(1, kept + long)
         if share > check.threshold:
             where = f"{audit.get('where', 'the data')} {audit.get('path', '')}".strip()
-            what = f"{share:.0%} of the pairs of {where} are cut or left out because of their length"
-            return Symptom(0, what, {"cut": cut, "left out": long, "kept": kept}, _longer_sequences(history))
+            message = f"{share:.0%} of the pairs of {where} are cut or left out because of their length"
+            return Symptom(0, message, {"cut": cut, "left out": long, "kept": kept}, _longer_sequences(history))
     return None
 
 
@@ -66,9 +66,9 @@ def step_zero(history: History, check: Check) -> Symptom | None:
             first = history[f"{prefix}rewards/{side}"].head(1)
             nats = first[0][1] / history.facts.beta if first and first[0][0] <= step else 0.0
             if abs(nats) > check.threshold:
-                what = f"before the first update policy and reference differ by {short(nats)} nats on {side}"
-                write = "dpo_plugin: {reference: {adapter_dir: <the SFT adapter>}}"
-                return Symptom(first[0][0], what, {f"logratios/{side}": nats}, write)
+                message = f"before the first update policy and reference differ by {short(nats)} nats on {side}"
+                suggestion = "dpo_plugin: {reference: {adapter_dir: <the SFT adapter>}}"
+                return Symptom(first[0][0], message, {f"logratios/{side}": nats}, suggestion)
     return None
 
 
@@ -79,14 +79,14 @@ def not_finite(history: History, check: Check) -> Symptom | None:
     """NaN and infinity in any line so far."""
     seen = {name: found for name, found in history.not_finite.items() if name.startswith(_MUST_BE_FINITE)}
     if "grad_norm" in seen and seen["grad_norm"][1] < check.threshold:
-        del seen["grad_norm"]  # under fp16 a single overflow is skipped, and is nothing to say
+        del seen["grad_norm"]  # under fp16 a single overflow is skipped and harmless
     if not seen:
         return None
     name = min(seen, key=lambda name: seen[name][0])
     step, lines = seen[name]
-    what = f"`{name}` is NaN or infinite at step {step}"
-    write = "bf16: true" if history.facts.adapter_dtype == "float16" else scaled_rate(history, 0.2)
-    return Symptom(step, what, {"log lines": lines}, write)
+    message = f"`{name}` is NaN or infinite at step {step}"
+    suggestion = "bf16: true" if history.facts.adapter_dtype == "float16" else scaled_rate(history, 0.2)
+    return Symptom(step, message, {"log lines": lines}, suggestion)
 
 
 def gradient_vanished(history: History, check: Check) -> Symptom | None:
@@ -94,8 +94,8 @@ def gradient_vanished(history: History, check: Check) -> Symptom | None:
     tail = history["grad_norm"].full_tail(check.window)
     if tail is None or max(value for _, value in tail) > check.threshold:
         return None
-    what = f"the gradient norm is {short(tail[-1][1])}: nothing is learned"
-    return Symptom(tail[0][0], what, {"grad_norm": tail[-1][1]}, "lora_target_linear: true")
+    message = f"the gradient norm is {short(tail[-1][1])}: nothing is learned"
+    return Symptom(tail[0][0], message, {"grad_norm": tail[-1][1]}, "lora_target_linear: true")
 
 
 def gradient_exploded(history: History, check: Check) -> Symptom | None:
@@ -108,15 +108,15 @@ def gradient_exploded(history: History, check: Check) -> Symptom | None:
     if len(high) <= check.window // 2:
         return None
     now = median(value for _, value in high)
-    what = f"the gradient norm is {short(now)}, at most {short(usual)} in the first ten log lines"
-    return Symptom(high[0][0], what, {"grad_norm": now, "at first": usual}, scaled_rate(history, 0.2))
+    message = f"the gradient norm is {short(now)}, at most {short(usual)} in the first ten log lines"
+    return Symptom(high[0][0], message, {"grad_norm": now, "at first": usual}, scaled_rate(history, 0.2))
 
 
 # ── precision and reference ──
 
 
 def _significant_bits(value: float) -> int:
-    """How many binary digits a number has: at most 8 in bf16, 24 in fp32."""
+    """Count the binary digits of a number: at most 8 in bf16, 24 in fp32."""
     mantissa = int(math.frexp(abs(value))[0] * 2**53)
     return 53 - ((mantissa & -mantissa).bit_length() - 1) if mantissa else 0
 
@@ -128,8 +128,8 @@ def quantised(history: History, check: Check) -> Symptom | None:
     if len(values) < check.window or any(_significant_bits(value) > check.threshold for _, value in values):
         return None
     bits = max(_significant_bits(value) for _, value in values)
-    what = f"rewards have {bits} binary digits, as bf16 has 8 and fp32 24: small differences are rounded away"
-    return Symptom(min(values)[0], what, {"binary digits": bits}, "plugins: [dpo_plugin.DPOPlugin]")
+    message = f"rewards have {bits} binary digits, as bf16 has 8 and fp32 24: small differences are rounded away"
+    return Symptom(min(values)[0], message, {"binary digits": bits}, "plugins: [dpo_plugin.DPOPlugin]")
 
 
 _PAST_NOISE = 10
@@ -143,13 +143,13 @@ def rate_below_precision(history: History, check: Check) -> Symptom | None:
         return None
     step, share = changed[0]
     dtype = history.facts.adapter_dtype
-    what = (
+    message = (
         f"{share:.1%} of the trained values have changed in {step} steps; updates of about {short(history.rate())} are "
-        f"rounded away{f', the optimizer having the weights in {dtype}' if dtype else ''}"
+        f"rounded away{f', since the optimizer holds the weights in {dtype}' if dtype else ''}"
     )
     full = (history.facts.trainable_share or 0) > 0.5
-    write = "deepspeed: deepspeed_configs/zero3_bf16.json" if full else scaled_rate(history, 10)
-    return Symptom(step, what, {"weights/changed": share, "learning_rate": history.rate()}, write)
+    suggestion = "deepspeed: deepspeed_configs/zero3_bf16.json" if full else scaled_rate(history, 10)
+    return Symptom(step, message, {"weights/changed": share, "learning_rate": history.rate()}, suggestion)
 
 
 _SAFE_REFERENCE = "dpo_plugin: {reference: {strategy: adapter}}"
@@ -165,5 +165,5 @@ def reference_drift(history: History, check: Check) -> Symptom | None:
     first, last = (policy.values[at] - rewards.values[at] / beta for at in (0, -1))
     if abs(last - first) <= check.threshold * max(abs(first), 1.0):
         return None
-    what = f"the reference's log-probability of the held-out data was {first:.4g} nats and is {last:.4g}"
-    return Symptom(policy.steps[-1], what, {"first": first, "last": last}, _SAFE_REFERENCE)
+    message = f"the reference's log-probability of the held-out data was {first:.4g} nats and is {last:.4g}"
+    return Symptom(policy.steps[-1], message, {"first": first, "last": last}, _SAFE_REFERENCE)

@@ -157,7 +157,7 @@ def charts(history: History, findings: Sequence[Finding], rewards: Rewards | Non
     others = list(_other_fields(history))
     marks: dict[str, dict[int, tuple[int, int]]] = {}
     for number, finding in enumerate(findings, 1):
-        marks.setdefault(_panel_of(finding, drawn), {})[number] = finding.since, finding.last
+        marks.setdefault(_panel_of(finding, drawn), {})[number] = finding.first_step, finding.last_step
     last = history.step
     for panel in PANELS:
         if panel.key in drawn:

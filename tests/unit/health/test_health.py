@@ -168,7 +168,7 @@ def test_a_fault_is_found_and_nothing_else(name: str):
     assert finding.check == name
     assert finding.severity == CHECKS[name].severity
     assert "Write: " in finding.advice
-    assert 0 <= finding.since <= finding.last
+    assert 0 <= finding.first_step <= finding.last_step
     assert all(math.isfinite(number) for number in finding.numbers.values())
 
 
@@ -182,7 +182,7 @@ def test_a_recorded_run_with_forty_times_the_learning_rate_is_told_to_lower_it()
     found = run(*recorded("diverged"))
     assert set(found) == {"accuracy_at_chance", "likelihood_displacement", "loss_diverged", "margin_not_rising"}
     assert {finding.advice.rpartition("Write: ")[2] for finding in found.values()} == {"learning_rate: 0.003"}
-    assert found["loss_diverged"].since < 10
+    assert found["loss_diverged"].first_step < 10
 
 
 def test_a_recorded_run_that_learned_within_its_first_lines_has_no_finding():
@@ -279,7 +279,7 @@ def test_unusual_but_healthy_runs_have_no_finding(steps: int, gain: float, noise
 def test_the_published_run_without_completions_is_found_from_its_log_alone():
     found = run(*published_run())
     assert set(found) == {"no_completion_tokens", "gradient_vanished", "loss_at_ln2"}
-    assert found["no_completion_tokens"].since == 1
+    assert found["no_completion_tokens"].first_step == 1
 
 
 @pytest.mark.parametrize(
@@ -305,8 +305,8 @@ def test_a_longer_sequence_is_advised_from_the_audit():
 
 def test_no_token_is_seen_from_the_lengths_too():
     found = run(*changed(lambda _: {"lengths/rejected": 0.2}, since=40))
-    assert found["no_completion_tokens"].since == 40
-    assert "rejected" in found["no_completion_tokens"].what
+    assert found["no_completion_tokens"].first_step == 40
+    assert "rejected" in found["no_completion_tokens"].message
 
 
 def test_displacement_is_seen_in_logs_of_another_trainer():
@@ -352,7 +352,10 @@ def test_a_finding_is_new_once_and_keeps_its_first_and_last_step():
         for finding in monitor.add(line):
             new.setdefault(finding.check, []).append(line["step"])
     assert new == {"gradient_vanished": [54]}
-    assert (monitor.findings["gradient_vanished"].since, monitor.findings["gradient_vanished"].last) == (50, 200)
+    assert (monitor.findings["gradient_vanished"].first_step, monitor.findings["gradient_vanished"].last_step) == (
+        50,
+        200,
+    )
 
 
 @pytest.mark.parametrize("answer", ["raise", "text"])
@@ -370,7 +373,7 @@ def test_a_failing_check_is_a_finding_that_names_its_owner_and_is_not_run_again(
         monitor.add(line)
     assert calls == [1]
     assert set(monitor.findings) == {"theirs"}
-    what = monitor.findings["theirs"].what
+    what = monitor.findings["theirs"].message
     assert "'theirs' of their-package" in what
     assert ("KeyError: 'rewards/mine'" if answer == "raise" else "returned str") in what
 
@@ -419,4 +422,4 @@ def test_the_check_in_the_documentation_works():
     monitor = HealthMonitor(names["dpo_health_checks"](), History(FACTS))
     for line in changed(lambda _: {"rewards/margins": -0.25}, since=30)[0]:
         monitor.add(line)
-    assert monitor.findings["chosen_below_rejected"].since == 30
+    assert monitor.findings["chosen_below_rejected"].first_step == 30

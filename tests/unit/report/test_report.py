@@ -137,7 +137,7 @@ def test_the_command_replays_what_is_registered_without_what_the_config_switches
         found[name] = {one["check"]: one for one in record["findings"]}
     ours = {"accuracy_at_chance", "likelihood_displacement", "loss_diverged", "margin_not_rising"}
     assert set(found["all"]) == {*ours, "theirs", "broken"}
-    assert "'broken' of their-package raised KeyError" in found["all"]["broken"]["what"]
+    assert "'broken' of their-package raised KeyError" in found["all"]["broken"]["message"]
     assert set(found["one off"]) == {*ours, "broken"} - {"loss_diverged"}
     assert set(found["one on"]) == {"theirs"}
 
@@ -199,7 +199,7 @@ def test_damaged_files_beside_the_log_are_said(tmp_path: Path):
     "run",
     [
         {"findings": [{"odd": 1}]},
-        {"findings": [{"what": "a", "advice": "b", "since": "c"}]},
+        {"findings": [{"message": "a", "advice": "b", "first_step": "c"}]},
         {"findings": 3, "facts": [], "config": "x"},
         {},
     ],
@@ -391,7 +391,7 @@ def test_every_check_has_a_curve_to_be_marked_on():
 
 
 def test_another_packages_field_is_drawn_and_its_finding_marked_there_or_on_the_loss(tmp_path: Path):
-    path = folder(tmp_path, findings=[Finding("odd", "Look. Write: a: b", since=20, check="theirs").to_dict()])
+    path = folder(tmp_path, findings=[Finding("odd", "Look. Write: a: b", first_step=20, check="theirs").to_dict()])
     lines = [{**line, "mine/number": 1.0 + line["step"]} for line in recorded("healthy")[0] if "loss" in line]
     (path / LOG).write_text("".join(map(log_text, lines)), encoding="utf-8")
     page = body(written([read_run(path)], tmp_path))
@@ -439,7 +439,7 @@ def test_paths_are_shown_as_they_are(path: str):
     assert shown_text(path) == path
 
 
-@pytest.mark.parametrize("name", ["severity", "check", "what", "advice"])
+@pytest.mark.parametrize("name", ["severity", "check", "message", "advice"])
 def test_no_field_of_a_finding_is_markup(tmp_path: Path, name: str):
     evil = '"><script>alert(1)</script>'
     finding = Finding("it is odd", "Look. Write: a: b").to_dict() | {name: evil, "numbers": {evil: 1.0}}
