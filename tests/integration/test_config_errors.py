@@ -1,12 +1,15 @@
 """Bad input is refused with a message that says what to write, before a model is loaded."""
 
 import json
+from pathlib import Path
 
 import pytest
+from axolotl.utils.dict import DictDefault
 
 from dpo_plugin.compute.losses import DIVERGENT, LOSSES
+from dpo_plugin.config import DPOPluginArgs
 from dpo_plugin.errors import AdapterError, ConfigError, DataError, DPOPluginError
-from dpo_plugin.host.plugin import check_host_memory
+from dpo_plugin.host.plugin import DPOPlugin, check_host_memory
 from dpo_plugin.host.settings import read_settings
 from dpo_plugin.plan import planner as plan
 from tests.support import host, tiny
@@ -106,7 +109,7 @@ def prepare(config, folder):
             "`adapter: None`.*Write: cpu_ram_efficient_loading: false",
         ),
         ({"deepspeed": "zero9.json"}, ConfigError, "`deepspeed: zero9.json` does not exist. Write: deepspeed:"),
-        ({"deepspeed": "pyproject.toml"}, ConfigError, "`deepspeed: pyproject.toml` is no JSON"),
+        ({"deepspeed": "pyproject.toml"}, ConfigError, "`deepspeed: pyproject.toml` is not valid JSON"),
         (
             {"deepspeed": "deepspeed_configs/zero3_bf16.json", "load_in_8bit": True},
             ConfigError,
@@ -190,12 +193,13 @@ def test_a_divergence_without_meaning_for_a_loss(base_dir, tmp_path, name, diver
 def test_offload_to_a_host_without_memory(engine, key, base_dir, sft_dir, tmp_path, monkeypatch):
     config = dpo_config(base_dir, tmp_path / "out", lora_model_dir=str(sft_dir), bf16=True, **engine)
     monkeypatch.setattr(plan, "memory_here", lambda: plan.GIB)
+    settings = read_settings(config)
     with pytest.raises(ConfigError, match=rf"`{key}` moves what it can to the host, which takes 2\.\d+ GiB.* has 1"):
-        check_host_memory(config)
+        check_host_memory(config, settings)
     with pytest.raises(ConfigError, match=f"`{key}` moves"):
         host.load_config(config, tmp_path)
     monkeypatch.setattr(plan, "memory_here", lambda: 8 * plan.GIB)
-    check_host_memory(config)
+    check_host_memory(config, settings)
 
 
 def test_a_model_that_cannot_be_planned_is_not_refused_for_it(base_dir, sft_dir, tmp_path, monkeypatch):
@@ -204,7 +208,8 @@ def test_a_model_that_cannot_be_planned_is_not_refused_for_it(base_dir, sft_dir,
 
     offload = {"deepspeed": "deepspeed_configs/zero3_bf16_offload.json"}
     monkeypatch.setattr(plan.Planner, "need", fails)
-    check_host_memory(dpo_config(base_dir, tmp_path / "out", lora_model_dir=str(sft_dir), **offload))
+    config = dpo_config(base_dir, tmp_path / "out", lora_model_dir=str(sft_dir), **offload)
+    check_host_memory(config, read_settings(config))
 
 
 def test_an_adapter_folder_without_config(base_dir, sft_dir, tmp_path):
@@ -277,3 +282,24 @@ def test_an_sft_config_is_left_alone(base_dir, tmp_path, capfd):
     cfg = host.load_config(config, tmp_path)
     assert cfg.trainer_cls is None
     assert json.loads(json.dumps(cfg.plugins)) == ["dpo_plugin.DPOPlugin"]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_every_setting_is_read_once(offload, base_dir, sft_dir, tmp_path, monkeypatch):
+    """The DeepSpeed JSON is opened once and the section parsed once, also where the run's memory is planned."""
+    engine = tmp_path / "zero3.json"
+    name = "zero3_bf16_offload" if offload else "zero3_bf16"
+    engine.write_text((tiny.ROOT / f"deepspeed_configs/{name}.json").read_text(encoding="utf-8"), encoding="utf-8")
+    opened, parsed = [], []
+    read_text, parse = Path.read_text, DPOPluginArgs.__init__
+
+    def counted(self, *args, **kwargs):
+        opened.append(self)
+        return read_text(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", counted)
+    monkeypatch.setattr(DPOPluginArgs, "__init__", lambda self, **keys: (parsed.append(keys), parse(self, **keys))[1])
+    config = dpo_config(base_dir, tmp_path / "out", lora_model_dir=str(sft_dir), bf16=True, deepspeed=str(engine))
+    DPOPlugin().register(DictDefault(config))
+    assert opened.count(engine) == 1
+    assert len(parsed) == 1

@@ -1,15 +1,17 @@
-"""Settings of DeepSpeed and FSDP that contradict each other or the config, found before weights are read."""
+"""`EngineSettings`: DDP, DeepSpeed or FSDP2 as a config asks for it, checked before weights are read."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field, ValidationError
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.validation import AutoInteger, AutoReal, HostKeys, Integer, message
@@ -43,76 +45,124 @@ class DeepSpeed(HostKeys):
     fp16: dict[str, Any] | None = Field(None, examples=[{"enabled": False}])
 
 
-def check_parallel(cfg: Mapping[str, Any]) -> None:
-    """Check the raw config's ``deepspeed``, ``fsdp_config`` and number of processes.
+@dataclass(frozen=True)
+class EngineSettings:
+    """How a run is spread over processes and what it multiplies in, read once from the raw config.
+
+    Attributes:
+        name: ``ddp`` (also of one process), ``zero0`` to ``zero3`` or ``fsdp2``.
+        source: The YAML's ``deepspeed`` in messages: the JSON's path, or ``{…}``.
+        deepspeed: The DeepSpeed settings, each key that is looked at in its type; empty without DeepSpeed.
+        fsdp: ``fsdp_config`` without the keys' old prefix; empty without FSDP.
+        world_size: Processes of the launch.
+        dtype: The coarsest dtype that the run multiplies in.
+    """
+
+    name: str
+    source: str
+    deepspeed: Mapping[str, Any]
+    fsdp: Mapping[str, Any]
+    world_size: int
+    dtype: torch.dtype
+
+    @classmethod
+    def read(cls, cfg: Mapping[str, Any]) -> EngineSettings:
+        """Read ``deepspeed``, ``fsdp_config`` and the precision of a raw config.
+
+        Raises:
+            ConfigError: If both engines are asked for, FSDP is not version 2, or DeepSpeed's settings are unreadable.
+        """
+        setting, fsdp = cfg.get("deepspeed"), next((key for key in ("fsdp_config", "fsdp") if cfg.get(key)), None)
+        if setting and fsdp:
+            raise ConfigError(
+                f"`deepspeed` and `{fsdp}` are both set, and only one of them can shard the model. Remove one. "
+                f"Write: {fsdp}: null"
+            )
+        if fsdp and int(cfg.get("fsdp_version") or fsdp_keys(cfg).get("version") or 1) != 2:  # axolotl's default is 1
+            raise ConfigError(
+                "`fsdp_config` without `fsdp_version: 2` is FSDP1, which flattens a layer into one tensor of one "
+                "dtype: the fp32 policy that the optimizer updates cannot share it with a bf16 or 4-bit base (torch: "
+                "`Must flatten tensors with uniform dtype`), and axolotl 0.19 has deprecated it. "
+                "Write: fsdp_version: 2, and fsdp_config as in recipes/qwen72b-dpo-fsdp.yaml"
+            )
+        deepspeed = read_deepspeed(setting) if setting else {}
+        stage = (deepspeed.get("zero_optimization") or {}).get("stage")
+        return cls(
+            name="fsdp2" if fsdp else f"zero{stage or 0}" if setting else "ddp",
+            source=setting if isinstance(setting, str) else "{…}",
+            deepspeed=deepspeed,
+            fsdp=fsdp_keys(cfg),
+            world_size=int(os.environ.get("WORLD_SIZE") or 1),
+            dtype=coarsest_dtype(cfg),
+        )
+
+    @property
+    def label(self) -> str:
+        """The engine's name in messages."""
+        return {"ddp": "DDP", "fsdp2": "FSDP"}.get(self.name, f"ZeRO-{self.name[-1]}")
+
+    @property
+    def zero(self) -> Mapping[str, Any]:
+        """``zero_optimization``; empty without."""
+        return self.deepspeed.get("zero_optimization") or {}
+
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether a rank holds only a part of each tensor."""
+        return self.name in ("zero3", "fsdp2")
+
+    @property
+    def offloads(self) -> bool:
+        """Whether ZeRO-3 or FSDP2 moves weights or optimizer states to the host."""
+        return bool(self.fsdp.get("offload_params")) or (self.name == "zero3" and any(offloads(self.zero).values()))
+
+
+def coarsest_dtype(cfg: Mapping[str, Any]) -> torch.dtype:
+    """The coarsest dtype that a raw config multiplies in, by its resolution.
+
+    axolotl 0.19 takes 16 bits where the machine can and the YAML does not say (utils/config/__init__.py,
+    resolve_dtype). 8-bit weights round their inputs too, more than bf16 does in parts. TF32 has fp16's resolution.
+    """
+    bf16, fp16, tf32 = cfg.get("bf16", "auto"), cfg.get("fp16") or cfg.get("float16"), cfg.get("tf32", "auto")
+    if bf16 == "auto":
+        bf16 = not cfg.get("fp16") and is_torch_bf16_gpu_available()
+        fp16 = fp16 or (not bf16 and cfg.get("fp16") is None)
+    if bf16 or cfg.get("bfloat16") or cfg.get("load_in_8bit"):
+        return torch.bfloat16
+    if fp16 or (is_torch_tf32_available() if tf32 == "auto" else tf32):
+        return torch.float16
+    return torch.float32
+
+
+def fsdp_keys(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """``fsdp_config`` with its keys' old prefix taken off, as axolotl does."""
+    return {key.removeprefix("fsdp_"): value for key, value in (cfg.get("fsdp_config") or {}).items()}
+
+
+def check_parallel(cfg: Mapping[str, Any], engine: EngineSettings) -> None:
+    """Check that a run's engine serves its rows, processes and base.
 
     Raises:
         ConfigError: Naming the key and the line to write.
     """
-    _check_rows_are_whole(cfg)
-    check_one_engine(cfg)
-    _check_devices()
-    if cfg.get("deepspeed"):
-        _check_deepspeed(cfg, read_deepspeed(cfg["deepspeed"]))
-    if cfg.get("fsdp_config") or cfg.get("fsdp"):
-        check_fsdp(cfg)
-
-
-def _check_rows_are_whole(cfg: Mapping[str, Any]) -> None:
     for key in ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size"):
         if (cfg.get(key) or 1) > 1:
             raise ConfigError(
                 f"`{key}: {cfg[key]}` splits rows or layers over GPUs, but log-probabilities need whole rows and whole "
                 f"layers. Shard the model with deepspeed or fsdp_config instead. Write: {key}: 1"
             )
+    _check_devices()
+    _check_deepspeed(cfg, engine)
+    check_fsdp(cfg, engine)
 
 
-def check_one_engine(cfg: Mapping[str, Any]) -> None:
-    """Check that not both of DeepSpeed and FSDP are asked for.
-
-    Raises:
-        ConfigError: If they are.
-    """
-    fsdp = next((key for key in ("fsdp_config", "fsdp") if cfg.get(key)), None)
-    if cfg.get("deepspeed") and fsdp:
-        raise ConfigError(
-            f"`deepspeed` and `{fsdp}` are both set, and only one of them can shard the model. Remove one. "
-            f"Write: {fsdp}: null"
-        )
-
-
-def engine_that_shards(cfg: Mapping[str, Any]) -> str | None:
-    """FSDP or ZeRO-3 where a rank holds a part of each tensor, else None."""
-    if cfg.get("fsdp_config") or cfg.get("fsdp"):
-        return "FSDP"
-    settings = read_deepspeed(cfg["deepspeed"]) if cfg.get("deepspeed") else {}
-    return "ZeRO-3" if (settings.get("zero_optimization") or {}).get("stage") == 3 else None
-
-
-def fsdp_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """``fsdp_config`` with its keys' old prefix taken off, as axolotl does."""
-    return {key.removeprefix("fsdp_"): value for key, value in (cfg.get("fsdp_config") or {}).items()}
-
-
-def fsdp_version(cfg: Mapping[str, Any]) -> int:
-    """1 or 2, from wherever axolotl reads it; its default is 1 (utils/schemas/validation.py:1216)."""
-    return int(cfg.get("fsdp_version") or fsdp_config(cfg).get("version") or 1)
-
-
-def check_fsdp(cfg: Mapping[str, Any]) -> None:
-    """Check the combination of FSDP's settings.
+def check_fsdp(cfg: Mapping[str, Any], engine: EngineSettings) -> None:
+    """Check that ``cpu_ram_efficient_loading`` is one that fills every rank.
 
     Raises:
-        ConfigError: For FSDP1, and for what axolotl refuses later on.
+        ConfigError: For what axolotl refuses later on, or what leaves ranks with weights that were never loaded.
     """
-    if fsdp_version(cfg) != 2:
-        raise ConfigError(
-            "`fsdp_config` without `fsdp_version: 2` is FSDP1, which flattens a layer into one tensor of one dtype: "
-            "the fp32 policy that the optimizer updates cannot stand beside a bf16 or 4-bit base (torch: `Must flatten "
-            "tensors with uniform dtype`), and axolotl 0.19 has deprecated it. "
-            "Write: fsdp_version: 2, and fsdp_config as in recipes/qwen72b-dpo-fsdp.yaml"
-        )
-    if not fsdp_config(cfg).get("cpu_ram_efficient_loading"):
+    if not engine.fsdp.get("cpu_ram_efficient_loading"):
         return
     if cfg.get("load_in_4bit"):
         raise ConfigError(
@@ -136,7 +186,7 @@ def read_deepspeed(setting: Any) -> Mapping[str, Any]:
     """The DeepSpeed settings, from a file or as they stand in the YAML.
 
     Raises:
-        ConfigError: If the file is missing or is no JSON object.
+        ConfigError: If the file is missing or does not hold a JSON object.
     """
     if isinstance(setting, Mapping):
         return setting
@@ -146,7 +196,7 @@ def read_deepspeed(setting: Any) -> Mapping[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"`deepspeed: {setting}` is no JSON: {error}. Write: deepspeed: {SHIPPED}") from error
+        raise ConfigError(f"`deepspeed: {setting}` is not valid JSON: {error}. Write: deepspeed: {SHIPPED}") from error
     if not isinstance(found, Mapping):
         raise ConfigError(
             f"`deepspeed: {setting}` is a {type(found).__name__}, not a JSON object. Write: deepspeed: {SHIPPED}"
@@ -166,14 +216,6 @@ def typed_deepspeed(found: Mapping[str, Any], file: str) -> dict[str, Any]:
         raise ConfigError(f"`deepspeed: {file}`: {message(error, DeepSpeed)}") from error
 
 
-def offloads_to_host(cfg: Mapping[str, Any]) -> bool:
-    """Whether ZeRO-3 or FSDP2 is asked to move weights or optimizer states to the host."""
-    if not cfg.get("deepspeed"):
-        return bool(fsdp_config(cfg).get("offload_params"))
-    zero = read_deepspeed(cfg["deepspeed"]).get("zero_optimization")
-    return isinstance(zero, Mapping) and zero.get("stage") == 3 and any(offloads(zero).values())
-
-
 def offloads(zero: Mapping[str, Any]) -> dict[str, bool]:
     """Whether a ``zero_optimization`` moves parameters and optimizer states to the host."""
     keys = {"offload_parameters": "offload_param", "offload_optimizer": "offload_optimizer"}
@@ -190,25 +232,22 @@ def _check_devices() -> None:
         )
 
 
-def _check_deepspeed(cfg: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    stage = (settings.get("zero_optimization") or {}).get("stage")
-    if stage == 3 and cfg.get("load_in_8bit"):
+def _check_deepspeed(cfg: Mapping[str, Any], engine: EngineSettings) -> None:
+    if engine.name == "zero3" and cfg.get("load_in_8bit"):
         raise ConfigError(
             "`load_in_8bit: true` cannot be partitioned by ZeRO-3: bitsandbytes keeps the scales of 8-bit weights "
-            "beside them. Write: load_in_4bit: true and adapter: qlora"
+            "outside of them. Write: load_in_4bit: true and adapter: qlora"
         )
     micro, steps = cfg.get("micro_batch_size"), cfg.get("gradient_accumulation_steps")
-    world = int(os.environ.get("WORLD_SIZE") or 1)
-    product = int(micro) * int(steps) * world if micro and steps else None
     expected = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": steps,
-        "train_batch_size": product,
+        "train_batch_size": int(micro) * int(steps) * engine.world_size if micro and steps else None,
     }
     for key, ours in expected.items():
-        theirs = settings.get(key)
+        theirs = engine.deepspeed.get(key)
         if isinstance(theirs, int) and ours is not None and theirs != int(ours):
             raise ConfigError(
-                f"`{key}: {theirs}` in `deepspeed: {cfg['deepspeed'] if isinstance(cfg['deepspeed'], str) else '{…}'}` "
-                f'contradicts the config, which says {ours}. Write there: "{key}": "auto"'
+                f"`{key}: {theirs}` in `deepspeed: {engine.source}` contradicts the config, which says {ours}. "
+                f'Write there: "{key}": "auto"'
             )

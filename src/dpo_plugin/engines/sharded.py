@@ -21,44 +21,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPO
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import pad
 
-from dpo_plugin.engines.config import engine_that_shards, fsdp_version
-from dpo_plugin.errors import CheckpointError, ConfigError
+from dpo_plugin.errors import CheckpointError
 from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel, adapter_digest, without_copies
 from dpo_plugin.model.buffers import ComputedBuffers
-from dpo_plugin.model.references import EmaReference, ReferenceStrategy
 
 ADAPTER_FILE = "adapter_model.safetensors"
-
-
-# ── before the model is loaded ──
-
-
-def accept_fsdp2_with_nf4(cfg: Any) -> None:
-    """Let a 4-bit base be trained by DPO under FSDP2, which axolotl 0.19 refuses although it runs.
-
-    The refusal (utils/schemas/validation.py:1178) compares the version with the number 2; everything behind it takes
-    "2" as well, and the schema makes it a number again.
-
-    Args:
-        cfg: The raw config; its ``fsdp_version`` is changed for exactly this combination.
-    """
-    sharded = cfg.get("fsdp_config") and fsdp_version(cfg) == 2
-    if sharded and cfg.get("load_in_4bit") and cfg.get("adapter") == "qlora":
-        cfg["fsdp_version"] = "2"
-
-
-def refuse_moving_reference(cfg: Any, strategy: type[ReferenceStrategy]) -> None:
-    """Refuse a reference that is moved in place where no rank holds its tensors whole.
-
-    Raises:
-        ConfigError: Naming the engine.
-    """
-    engine = engine_that_shards(cfg)
-    if engine and issubclass(strategy, EmaReference):
-        raise ConfigError(
-            f"`dpo_plugin.reference.strategy: ema` moves the reference's tensors, of which a rank holds a part under "
-            f"{engine}. Write: strategy: adapter (or deepspeed: <a config of ZeRO stage 1 or 2>)"
-        )
 
 
 # ── before the model is sharded ──

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from axolotl.integrations.base import PluginManager
 from torch import nn
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -31,7 +31,7 @@ def shares_prefixes(settings: RunSettings, base: Any) -> bool:
         return True
     if settings.config.compute.prefix_sharing is True:
         raise ConfigError(f"{why}, but `dpo_plugin.compute.prefix_sharing: true` asks for it. Write: auto")
-    if PluginManager.get_instance().cfg.get("local_rank") in (None, 0, -1):
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         LOG.info(f"dpo_plugin: chosen and rejected are computed as two rows each, because {why}")
     return False
 

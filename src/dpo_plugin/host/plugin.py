@@ -13,8 +13,7 @@ from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.integrations.base import BasePlugin, PluginManager
 from transformers import EarlyStoppingCallback
 
-from dpo_plugin.engines.config import offloads_to_host
-from dpo_plugin.engines.sharded import accept_fsdp2_with_nf4, reference_digest, refuse_moving_reference
+from dpo_plugin.engines.sharded import reference_digest
 from dpo_plugin.errors import AdapterError, ConfigError
 from dpo_plugin.host import datasets as host_datasets
 from dpo_plugin.host import excepthook
@@ -82,14 +81,12 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         raw = typed(cfg)
         self.settings = read_settings(raw)
         ignore_deprecated_collectives()
-        refuse_moving_reference(cfg, self.settings.strategy)
         if command == "evaluate":
             self.settings = settings_for_evaluation(cfg, self.settings)
         elif not (raw.get("test_datasets") or raw.get("val_set_size")) and os.environ.get("RANK", "0") == "0":
             LOG.info("dpo_plugin: no pairs are held out, so overfitting cannot be seen. Write: val_set_size: 0.05")
-        if offloads_to_host(raw):
-            check_host_memory(raw)
-        accept_fsdp2_with_nf4(cfg)
+        check_host_memory(raw, self.settings)
+        accept_fsdp2_with_nf4(cfg, self.settings)
         cfg["trainer_cls"] = TRAINER
 
     def get_input_args(self) -> str:
@@ -135,7 +132,7 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
 
     def post_train(self, cfg: Any, model: Any) -> None:
         """Check that the reference is still what was attached; the host calls this twice."""
-        fixed = self.settings is not None and self.settings.strategy.fixed
+        fixed = self.settings is not None and self.settings.reference.strategy.fixed
         if fixed and isinstance(model, PolicyReferenceModel) and model.has_reference:
             check_reference_unchanged(model)
 
@@ -160,16 +157,32 @@ def settings_for_evaluation(cfg: Any, settings: RunSettings) -> RunSettings:
     return settings
 
 
-def check_host_memory(cfg: Mapping[str, Any]) -> None:
+def accept_fsdp2_with_nf4(cfg: Any, settings: RunSettings) -> None:
+    """Let a 4-bit base be trained by DPO under FSDP2, which axolotl 0.19 refuses although it runs.
+
+    The refusal (utils/schemas/validation.py:1178) compares the version with the number 2; everything behind it takes
+    "2" as well, and the schema makes it a number again.
+
+    Args:
+        cfg: The raw config; its ``fsdp_version`` is changed for exactly this combination.
+        settings: What was read from it.
+    """
+    if settings.engine.fsdp and cfg.get("load_in_4bit") and cfg.get("adapter") == "qlora":
+        cfg["fsdp_version"] = "2"
+
+
+def check_host_memory(cfg: Mapping[str, Any], settings: RunSettings) -> None:
     """Refuse a run that moves weights or optimizer states to a host that cannot hold them.
 
     Raises:
         ConfigError: Naming the key and what it takes.
     """
+    if not settings.engine.offloads:
+        return
     from dpo_plugin.plan.planner import host_shortage
 
     try:
-        shortage = host_shortage(cfg, "this config")
+        shortage = host_shortage(cfg, "this config", settings.config, settings.engine)
     except ConfigError as error:
         LOG.warning(f"dpo_plugin: whether the host's memory is enough for what is moved to it is not known: {error}")
         return

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from axolotl.integrations.base import PluginManager
-
-from dpo_plugin.config import DPOPluginConfig
-from dpo_plugin.engines.config import engine_that_shards
+from dpo_plugin.config import SamplesConfig
+from dpo_plugin.data.render import Renderer
+from dpo_plugin.engines.config import EngineSettings
 from dpo_plugin.errors import ConfigError, RowError
-from dpo_plugin.host.templates import renderer_of
 from dpo_plugin.samples.records import read_prompts
 from dpo_plugin.types import Message, PreferencePair, RenderedPair
 
 KEY = "dpo_plugin.samples.prompts"
 
 
-def check_samples(cfg: Mapping[str, Any], config: DPOPluginConfig) -> None:
-    """Check the section ``samples`` of a raw config.
+def check_samples(samples: SamplesConfig | None, engine: EngineSettings, held_out: bool) -> None:
+    """Check the section ``samples``.
+
+    Args:
+        samples: The section.
+        engine: What the run is spread with.
+        held_out: Whether the config has evaluation data.
 
     Raises:
         ConfigError: If the prompts are missing or cannot be read, or the model is split over ranks.
     """
-    if config.samples is None:
+    if samples is None:
         return
-    if engine := engine_that_shards(cfg):
-        raise refusal(engine)
-    if config.samples.prompts != "eval":
-        read_prompts(config.samples.prompts, KEY)
-    elif not cfg.get("test_datasets") and not cfg.get("val_set_size"):
+    if engine.shards_parameters:
+        raise refusal(engine.label)
+    if samples.prompts != "eval":
+        read_prompts(samples.prompts, KEY)
+    elif not held_out:
         raise ConfigError(
             f"`{KEY}: eval` takes its prompts from the evaluation data, and the config has none. Write: val_set_size: "
             "0.05, or prompts: <file>"
@@ -49,23 +52,20 @@ def refusal(split: str) -> ConfigError:
     )
 
 
-def render_prompt(
-    prompt: str | list[Message], tokenizer: Any, datasets: Sequence[Mapping[str, Any]], file: str
-) -> list[int]:
-    """Token ids of a prompt of a file, as the training data's prompts are rendered.
+def render_prompt(prompt: str | list[Message], renderer: Renderer, plain: bool, file: str) -> list[int]:
+    """Render a prompt of a file as the training data's prompts are rendered, and give its token ids.
 
-    A text is one message of the user, unless the first data set is of the type ``dpo_plugin.text``, whose prompts are
-    read as they stand.
+    Args:
+        prompt: Messages, or a text, which is one message of the user.
+        renderer: That of the first data set.
+        plain: Whether that data set is of the type ``dpo_plugin.text``, whose prompts are read as they stand.
+        file: The file, for messages.
 
     Raises:
         ConfigError: If the chat template refuses it, or there is none.
     """
-    cfg = PluginManager.get_instance().cfg
-    entry = datasets[0] if datasets else {}
-    as_it_stands = isinstance(prompt, str) and entry.get("type") == "dpo_plugin.text"
-    renderer = renderer_of(cfg, entry, tokenizer, refuse_special_tokens=True)
-    if as_it_stands:
-        text = renderer.render(RenderedPair(str(prompt), "", "")).prompt
+    if plain and isinstance(prompt, str):
+        text = renderer.render(RenderedPair(prompt, "", "")).prompt
     elif not renderer.template:
         raise ConfigError(f"`{KEY}: {file}`: the tokenizer has no chat template. Write: chat_template: chatml")
     else:
@@ -74,12 +74,10 @@ def render_prompt(
             text = renderer.text(messages, PreferencePair(messages, [], []), generate=True)
         except RowError as error:
             raise ConfigError(f"`{KEY}: {file}`: {error}. Write another prompt instead of {prompt!r}") from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(renderer.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def check_rendered_as_trained(
-    rows: Iterable[Mapping[str, Any]], tokenizer: Any, datasets: Sequence[Mapping[str, Any]], file: str
-) -> None:
+def check_rendered_as_trained(rows: Iterable[Mapping[str, Any]], renderer: Renderer, file: str) -> None:
     """Refuse prompts of a file where the data's prompts do not lead to an answer as the chat template does.
 
     Types of axolotl's own and third parties' formats bring texts of their own, into which no prompt of a file fits. One
@@ -88,13 +86,12 @@ def check_rendered_as_trained(
     Raises:
         ConfigError: If none was.
     """
-    renderer = renderer_of(PluginManager.get_instance().cfg, datasets[0], tokenizer, refuse_special_tokens=True)
     if not renderer.template:
         return
     question = "dpoPluginQuestion"
     ask = [Message(role="user", content=question)]
     leads = renderer.text(ask, PreferencePair(ask, [], []), generate=True).rpartition(question)[2].strip()
-    texts = [tokenizer.decode([*row["prompt_ids"], *row["chosen_ids"][:8]]) for row in rows]
+    texts = [renderer.tokenizer.decode([*row["prompt_ids"], *row["chosen_ids"][:8]]) for row in rows]
     if texts and not any(leads in text[-len(leads) - 200 :] for text in texts):
         raise ConfigError(
             f"`{KEY}: {file}`: {renderer.name} writes {leads!r} before an answer, and the training data does not: its "

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from axolotl.integrations.base import PluginManager
 
 from dpo_plugin.compute import attention, batching, logps
 from dpo_plugin.compute import lm_head as head
@@ -33,8 +32,8 @@ def open_cache(
         config: The base model's config as loaded.
         longest: Gives the tokens of the longest row, padding included.
     """
-    cfg = PluginManager.get_instance().cfg
-    if not strategy.fixed or (settings.cache_dir is None and not cfg.precompute_ref_log_probs):
+    folder = settings.reference.cache_dir
+    if not strategy.fixed or (folder is None and not settings.precompute):
         return None
     limit = rope_limit(config)
     if limit is not None and longest() > limit:
@@ -47,26 +46,25 @@ def open_cache(
     source = "".join(map(inspect.getsource, (attention, batching, head, logps)))
     key = cache_key(
         base=base,
-        quantisation=[cfg.load_in_4bit, cfg.load_in_8bit, cfg.bnb_config_kwargs],
-        reference=[settings.strategy_name, strategy.identity()],
-        dtype=[str(cfg.torch_dtype), cfg.bf16, cfg.fp16],
+        numerics=settings.numerics,
+        reference=[settings.reference.name, strategy.identity()],
+        dtype=str(settings.engine.dtype),
         ld_alpha=settings.config.loss.ld_alpha,
         code=hashlib.sha256(source.encode()).hexdigest(),
     )
-    return ReferenceLogpCache(settings.cache_dir / "reference_logps" if settings.cache_dir else None, key)
+    return ReferenceLogpCache(folder / "reference_logps" if folder else None, key)
 
 
-def rounding() -> float:
+def rounding(dtype: torch.dtype) -> float:
     """Most that two forwards of one model, in batches of other shapes, may differ: nats per square root of a token.
 
     Eight times the spacing of the numbers that the run multiplies. 16-bit training and serving of one model differ by a
     Kullback-Leibler divergence of about 8e-4 nats a token in bf16 (arXiv 2510.26788), which is 0.04 in this unit.
+
+    Args:
+        dtype: `EngineSettings.dtype`.
     """
-    cfg = PluginManager.get_instance().cfg
-    if cfg.bf16 or cfg.load_in_4bit or cfg.load_in_8bit or "bfloat16" in str(cfg.torch_dtype):
-        return 8 * torch.finfo(torch.bfloat16).eps
-    narrow = cfg.fp16 or "float16" in str(cfg.torch_dtype) or cfg.tf32
-    return 8 * torch.finfo(torch.float16).eps if narrow else 1e-3
+    return max(8 * torch.finfo(dtype).eps, 1e-3)
 
 
 def base_identity(base: Any) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_plugin.compute.losses import COUPLED, DIVERGENT, LOSSES, SMOOTHED
-from dpo_plugin.config import Action, DPOPluginConfig, parse_config
-from dpo_plugin.engines.config import check_parallel
+from dpo_plugin.config import Action, DPOPluginConfig, ReferenceConfig, parse_config
+from dpo_plugin.engines.config import EngineSettings, check_parallel
 from dpo_plugin.errors import ConfigError, DataError
 from dpo_plugin.health.monitor import HealthCheck
 from dpo_plugin.host.prompts import check_samples
@@ -19,10 +19,12 @@ from dpo_plugin.metrics.pair import TRL_METRICS, PreferenceMetric
 from dpo_plugin.model.adapters import AdapterFolder
 from dpo_plugin.model.hub import open_adapter
 from dpo_plugin.model.inits import check_fresh_init
-from dpo_plugin.model.references import ReferenceStrategy
+from dpo_plugin.model.references import EmaReference, ReferenceChoice, ReferenceStrategy, strategy_name
 from dpo_plugin.registry import Registry, get_registry
 
 PREFIX = "dpo_plugin."
+
+_NUMERICS = ("load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "bf16", "bfloat16", "fp16", "float16", "tf32")
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,14 @@ class RunSettings:
     Attributes:
         config: The ``dpo_plugin:`` section.
         policy: The adapter that the policy starts from, or None for a fresh LoRA or full fine-tuning.
-        reference: The adapter that is the frozen reference, if the strategy uses one.
-        strategy_name: Name of the reference strategy.
-        strategy: The reference strategy.
+        reference: Where the reference's log-probs come from.
+        engine: How the run is spread over processes, and its precision.
+        revision: Revision of the base model on the hub, if the YAML names one.
+        numerics: Keys of the YAML that decide how the base is quantised and computes, for the cache's key.
+        template: ``chat_template``, ``chat_template_jinja`` and ``chat_template_kwargs``.
         metrics: Metrics to log.
         health_checks: Health checks to run, and what happens when one finds something.
-        cache_dir: Folder for the reference's log-probs, or None.
+        precompute: Whether reference log-probs are computed before the first step.
         prefix_sharing_blocker: Why the config alone keeps prefixes from being shared, or None.
         resume_named: Whether the YAML names the checkpoint to resume from.
         datasets: The ``datasets`` entries as written; the host's schema drops keys that it does not know.
@@ -46,12 +50,14 @@ class RunSettings:
 
     config: DPOPluginConfig
     policy: AdapterFolder | None
-    reference: AdapterFolder | None
-    strategy_name: str
-    strategy: type[ReferenceStrategy]
+    reference: ReferenceChoice
+    engine: EngineSettings
+    revision: str | None
+    numerics: Mapping[str, Any]
+    template: Mapping[str, Any]
     metrics: Mapping[str, PreferenceMetric]
     health_checks: Mapping[str, tuple[HealthCheck, Action]]
-    cache_dir: Path | None
+    precompute: bool
     prefix_sharing_blocker: str | None
     resume_named: bool
     datasets: list[dict[str, Any]]
@@ -73,21 +79,22 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
     config = parse_config(cfg.get("dpo_plugin"))
     check_names(cfg)
     _check_host_keys(cfg)
-    check_parallel(cfg)
-    check_samples(cfg, config)
+    engine = EngineSettings.read(cfg)
+    check_parallel(cfg, engine)
+    check_samples(config.samples, engine, held_out=bool(cfg.get("test_datasets") or cfg.get("val_set_size")))
     _check_losses(cfg, config, registry)
     policy = _policy_folder(cfg)
-    strategy_name, strategy, reference = _reference(cfg, config, policy, registry)
-    strategy.check_adapters(policy, reference)
     return RunSettings(
         config=config,
         policy=policy,
-        reference=reference,
-        strategy_name=strategy_name,
-        strategy=strategy,
+        reference=_reference(cfg, config.reference, policy, engine, registry),
+        engine=engine,
+        revision=cfg.get("revision_of_model"),
+        numerics={key: cfg[key] for key in _NUMERICS if cfg.get(key)},
+        template=_template(cfg),
         metrics=_metrics(config, registry),
         health_checks=_health_checks(config, registry),
-        cache_dir=_kept_in(cfg, config, strategy, strategy_name),
+        precompute=bool(cfg.get("precompute_ref_log_probs")),
         prefix_sharing_blocker=_prefix_sharing_blocker(cfg, config),
         resume_named=bool(cfg.get("resume_from_checkpoint")),
         datasets=_entries(cfg, "datasets", registry),
@@ -95,10 +102,17 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
     )
 
 
+def _template(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The config's chat template; a template in text needs no name, as in the host's validator."""
+    jinja = cfg.get("chat_template_jinja")
+    return {
+        "chat_template": cfg.get("chat_template") or ("jinja" if jinja else None),
+        "chat_template_jinja": jinja,
+        "chat_template_kwargs": cfg.get("chat_template_kwargs"),
+    }
+
+
 def _check_host_keys(cfg: Mapping[str, Any]) -> None:
-    adapter = cfg.get("adapter")
-    if adapter not in (None, "lora", "qlora"):
-        raise ConfigError(f"`adapter: {adapter}` cannot be held twice on one base. Write: adapter: lora")
     if cfg.get("dpo_use_liger_kernel"):
         raise ConfigError(
             "`dpo_use_liger_kernel: true` computes its own reference and would bypass the reference adapter. "
@@ -190,13 +204,15 @@ def _check_fresh_lora(cfg: Mapping[str, Any]) -> None:
 
 
 def _reference(
-    cfg: Mapping[str, Any], config: DPOPluginConfig, policy: AdapterFolder | None, registry: Registry
-) -> tuple[str, type[ReferenceStrategy], AdapterFolder | None]:
-    directory = config.reference.adapter_dir
-    default = "model" if not cfg.get("adapter") else "adapter" if policy or directory else "base"
-    name = config.reference.strategy or default
+    cfg: Mapping[str, Any],
+    config: ReferenceConfig,
+    policy: AdapterFolder | None,
+    engine: EngineSettings,
+    registry: Registry,
+) -> ReferenceChoice:
+    name = strategy_name(cfg, config)
     strategy = registry.reference_strategies.find(name, "dpo_plugin.reference.strategy")
-    if directory and not strategy.uses_reference_adapter:
+    if config.adapter_dir and not strategy.uses_reference_adapter:
         raise ConfigError(
             f"`dpo_plugin.reference.adapter_dir` is set but the strategy is {name!r}, which does not use it. "
             "Write: strategy: adapter"
@@ -208,24 +224,32 @@ def _reference(
         )
     if (strategy.uses_reference_adapter or name == "base") and not cfg.get("adapter"):
         raise ConfigError(f"`dpo_plugin.reference.strategy: {name}` needs an adapter. Write: adapter: lora")
-    if not strategy.uses_reference_adapter:
-        return name, strategy, None
-    if directory:
-        return name, strategy, open_adapter(directory, "dpo_plugin.reference.adapter_dir")
+    adapter = _reference_folder(name, config, policy) if strategy.uses_reference_adapter else None
+    strategy.check_adapters(policy, adapter)
+    if engine.shards_parameters and issubclass(strategy, EmaReference):
+        raise ConfigError(
+            f"`dpo_plugin.reference.strategy: {name}` moves the reference's tensors, of which a rank holds a part "
+            f"under {engine.label}. Write: strategy: adapter (or deepspeed: <a config of ZeRO stage 1 or 2>)"
+        )
+    return ReferenceChoice(name, strategy, adapter, _cache_dir(cfg, config.cache, strategy, name))
+
+
+def _reference_folder(name: str, config: ReferenceConfig, policy: AdapterFolder | None) -> AdapterFolder:
+    if config.adapter_dir:
+        return open_adapter(config.adapter_dir, "dpo_plugin.reference.adapter_dir")
     if policy is None:
         raise ConfigError(
             f"`dpo_plugin.reference.strategy: {name}` finds no adapter. Write: lora_model_dir: <SFT adapter folder>"
         )
-    return name, strategy, policy
+    return policy
 
 
-def _kept_in(
-    cfg: Mapping[str, Any], config: DPOPluginConfig, strategy: type[ReferenceStrategy], name: str
+def _cache_dir(
+    cfg: Mapping[str, Any], cache: bool | str | None, strategy: type[ReferenceStrategy], name: str
 ) -> Path | None:
-    cache = config.reference.cache
     if cache and not strategy.fixed:
         raise ConfigError(
-            f"`dpo_plugin.reference.strategy: {name}` has no log-probs that could be kept, but `cache: {cache}` asks "
+            f"`dpo_plugin.reference.strategy: {name}` has no log-probs that could be cached, but `cache: {cache}` asks "
             "for it. Write: cache: false"
         )
     if cache is False or not strategy.fixed:

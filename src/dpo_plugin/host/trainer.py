@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
-from axolotl.integrations.base import PluginManager
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -75,8 +74,8 @@ class PreferenceTrainer(ResumesWhole, OnAnyEngine, MetricRecorder, AxolotlDPOTra
         adapter = self._settings.policy or peft_config  # axolotl evaluate passes no peft_config
         if adapter is not None:
             set_seed(kwargs["args"].seed)  # a fresh LoRA is the same on all ranks, however much each has drawn before
-            model = attach(base, adapter, self._settings.reference)
-            model.name_base(str(model.config.name_or_path), PluginManager.get_instance().cfg.revision_of_model)
+            model = attach(base, adapter, self._settings.reference.adapter)
+            model.name_base(str(model.config.name_or_path), self._settings.revision)
         flat = shares_prefixes(self._settings, base)
         prepare_models(flat, base, ref_model)
         if kwargs["args"].disable_dropout:
@@ -87,16 +86,18 @@ class PreferenceTrainer(ResumesWhole, OnAnyEngine, MetricRecorder, AxolotlDPOTra
         if isinstance(model, PolicyReferenceModel):
             model.train_only_policy()
             save_policy_instead_of_base(base, model)
-        self._adapter_norms = AdapterNorms(model, moving=not self._settings.strategy.fixed)
+        self._adapter_norms = AdapterNorms(model, moving=not self._settings.reference.strategy.fixed)
         self._layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         self._be_ready_for_engine()
         self._set_up_losses()
-        strategy = self._settings.strategy(model, self.ref_model, self._settings.config.reference)
+        strategy = self._settings.reference.strategy(model, self.ref_model, self._settings.config.reference)
         if isinstance(model, PolicyReferenceModel):
             strategy.policy_values = partial(whole_policy, model)
         self._base = base_identity(base)
         cache = open_cache(self._settings, strategy, self._base, base.config, self._longest_row)
-        self.reference = CachedReference(strategy, cache, self._on_any_rank, rounding(), self._warn)
+        self.reference = CachedReference(
+            strategy, cache, self._on_any_rank, rounding(self._settings.engine.dtype), self._warn
+        )
         check_lengths(self.data_collator, named_datasets(self))
         self.add_callback(ReferenceCallback(self))
         for callback in (ProgressCallback, PrinterCallback):
@@ -163,10 +164,9 @@ class PreferenceTrainer(ResumesWhole, OnAnyEngine, MetricRecorder, AxolotlDPOTra
         fresh = "a fresh LoRA" if isinstance(model, PolicyReferenceModel) else "the base model"
         start = settings.policy.path if settings.policy else fresh
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        where = f" {settings.reference.path}" if settings.reference else ""
         LOG.info(
             f"dpo_plugin: policy starts from {start}, {trainable:,} trainable parameters; "
-            f"reference: {settings.strategy_name}{where}; loss: {', '.join(self._losses)}, beta {self.beta}"
+            f"reference: {settings.reference}; loss: {', '.join(self._losses)}, beta {self.beta}"
         )
         if self.ref_model is not None:
             size = sum(p.numel() * p.element_size() for p in self.ref_model.parameters()) / 2**30
@@ -270,7 +270,7 @@ class PreferenceTrainer(ResumesWhole, OnAnyEngine, MetricRecorder, AxolotlDPOTra
         self._check_step_zero = False
         if self.state.global_step > 0 or not self.args.disable_dropout:
             return
-        worst = largest_deviation(logps, self._coarsest_dtype())
+        worst = largest_deviation(logps, self._settings.engine.dtype)
         if not worst.explained:
             raise ReferenceMismatchError(
                 "before the first step policy and reference come from the same weights, so every reward must be 0, "
@@ -278,12 +278,6 @@ class PreferenceTrainer(ResumesWhole, OnAnyEngine, MetricRecorder, AxolotlDPOTra
                 f"where rounding explains {worst.allowed:.2g}. Something changes the model between the two forwards: "
                 "another plugin, a patched kernel, or dropout. Remove it from the config."
             )
-
-    def _coarsest_dtype(self) -> torch.dtype:
-        args = self.args  # TF32 has fp16's resolution
-        half = [torch.bfloat16] * bool(args.bf16) + [torch.float16] * bool(args.fp16 or args.tf32)
-        coarsest: torch.dtype = max([self.model.dtype, *half], key=lambda dtype: torch.finfo(dtype).eps)
-        return coarsest
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-step, without the garbage collection of axolotl 0.19 (core/trainers/dpo/trainer.py:100).

@@ -150,10 +150,10 @@ def _plain(value: Any) -> Any:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A config file.
+    """Read a config file that uses dpo_plugin.
 
     Raises:
-        ConfigError: If it is no YAML, or YAML that is not keys and values.
+        ConfigError: If it is not YAML, not keys and values, or does not name the plugin.
     """
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -164,4 +164,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} is a {type(found).__name__}, not keys with values. Write: plugins: [dpo_plugin.DPOPlugin]"
         )
+    if "dpo_plugin.DPOPlugin" not in (typed(found).get("plugins") or []):
+        raise ConfigError(f"{path} does not use dpo_plugin. Write: plugins: [dpo_plugin.DPOPlugin]")
     return found

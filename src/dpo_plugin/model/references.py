@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -102,6 +104,41 @@ class ReferenceStrategy(ABC):
     def logps(self, model: Any, batch: PairBatch, forward: Forward) -> Tensor:
         """(pairs, 2) fp32 nats summed over completion tokens: chosen, rejected; no gradient."""
         return torch.stack(self.run(model, batch, forward).sums.chunk(2), dim=1)
+
+
+@dataclass(frozen=True)
+class ReferenceChoice:
+    """The reference that a config asks for.
+
+    Attributes:
+        name: Name of the strategy.
+        strategy: The strategy.
+        adapter: The adapter that is the reference, if the strategy uses one.
+        cache_dir: Folder for the reference's log-probs, or None.
+    """
+
+    name: str
+    strategy: type[ReferenceStrategy]
+    adapter: AdapterFolder | None = None
+    cache_dir: Path | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.adapter.path}" if self.adapter else self.name
+
+
+def strategy_name(cfg: Mapping[str, Any], reference: ReferenceConfig) -> str:
+    """Name of the strategy of a raw config: the one it names, or the default that docs/references.md gives.
+
+    Raises:
+        ConfigError: If the config trains an adapter other than LoRA.
+    """
+    adapter = cfg.get("adapter")
+    if adapter not in (None, "lora", "qlora"):
+        raise ConfigError(
+            f"`adapter: {adapter}`: Only LoRA is supported: policy and reference share one base. Write: adapter: lora"
+        )
+    has_folder = cfg.get("lora_model_dir") or reference.adapter_dir
+    return reference.strategy or ("model" if not adapter else "adapter" if has_folder else "base")
 
 
 class AdapterReference(ReferenceStrategy):

@@ -12,10 +12,11 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig
 
-from dpo_plugin.config import parse_config
-from dpo_plugin.engines.config import SHIPPED, check_fsdp, check_one_engine, offloads, read_deepspeed
+from dpo_plugin.config import ReferenceConfig
+from dpo_plugin.engines.config import SHIPPED, EngineSettings, check_fsdp, offloads
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.model.adapters import POLICY, REFERENCE
+from dpo_plugin.model.references import strategy_name
 from dpo_plugin.plan.engines import Zero3
 from dpo_plugin.registry import get_registry
 
@@ -24,62 +25,52 @@ SHIPPED_ZERO3 = Zero3(persistence=1_048_576, prefetch=104_857_600, bucket=104_85
 """The settings of `SHIPPED`, for a config that names no ZeRO-3 of its own."""
 
 
-def check(cfg: Mapping[str, Any], path: str) -> str:
-    """The engine that a config uses.
+def check(cfg: Mapping[str, Any], path: str) -> None:
+    """Check what the YAML alone shows, before its engine's settings are read.
 
     Raises:
-        ConfigError: If the YAML alone shows that the run cannot be.
+        ConfigError: If the run cannot be.
     """
     adapter, four, eight = cfg.get("adapter"), bool(cfg.get("load_in_4bit")), bool(cfg.get("load_in_8bit"))
-    if "dpo_plugin.DPOPlugin" not in (cfg.get("plugins") or []):
-        raise ConfigError(f"{path} does not use dpo_plugin. Write: plugins: [dpo_plugin.DPOPlugin]")
     if cfg.get("rl") not in ("dpo", "ipo"):
         raise ConfigError(f"`rl: {cfg.get('rl')}` in {path} is not what dpo_plugin trains. Write: rl: dpo")
-    if adapter not in (None, "lora", "qlora"):
-        raise ConfigError(f"`adapter: {adapter}` cannot be held twice on one base. Write: adapter: lora")
-    if (adapter == "qlora") != four or (eight and adapter != "lora"):
+    if adapter in (None, "lora", "qlora") and ((adapter == "qlora") != four or (eight and adapter != "lora")):
         raise ConfigError(
             f"`load_in_4bit: {four}` and `load_in_8bit: {eight}` do not go with `adapter: {adapter}`: axolotl takes "
             "4 bits for qlora alone and 8 for lora alone. Write: adapter: qlora, load_in_4bit: true"
         )
-    check_one_engine(cfg)
     engines = [key for key in ("deepspeed", "fsdp_config", "fsdp") if cfg.get(key)]
-    if engines and eight:
+    if len(engines) == 1 and eight:
         raise ConfigError(
             f"`{engines[0]}` does not partition the int8 weights of `load_in_8bit: true`. "
             "Write: adapter: qlora, load_in_4bit: true, load_in_8bit: false"
         )
-    if not engines:
-        return "ddp"
-    if engines == ["deepspeed"]:
-        zero = zero3_config(cfg["deepspeed"])["zero_optimization"]
-        return "zero3_offload" if any(offloads(zero).values()) else "zero3"
-    check_fsdp(cfg)
-    return "fsdp2"
 
 
-def zero3_config(deepspeed: Any) -> Mapping[str, Any]:
-    """The DeepSpeed config.
+def planned_engine(cfg: Mapping[str, Any], engine: EngineSettings) -> str:
+    """The column of the plan that is the config's own.
 
     Raises:
-        ConfigError: If it is missing, not JSON, or not ZeRO-3.
+        ConfigError: If the engine is one that is not planned.
     """
-    found = read_deepspeed(deepspeed)
-    zero = found.get("zero_optimization")
-    stage = zero.get("stage") if isinstance(zero, Mapping) else None
-    if stage != 3:
-        raise ConfigError(f"`deepspeed: {deepspeed}` is of stage {stage}; 3 is planned. Write: deepspeed: {SHIPPED}")
-    return found
+    check_fsdp(cfg, engine)
+    if engine.name == "zero3":
+        return "zero3_offload" if engine.offloads else "zero3"
+    if engine.name.startswith("zero"):
+        stage = engine.zero.get("stage")
+        raise ConfigError(
+            f"`deepspeed: {engine.source}` is of stage {stage}; 3 is planned. Write: deepspeed: {SHIPPED}"
+        )
+    return engine.name
 
 
-def zero3_settings(cfg: Mapping[str, Any], engine: str, hidden: int, width: int) -> Zero3:
+def zero3_settings(engine: EngineSettings, column: str, hidden: int, width: int) -> Zero3:
     """ZeRO-3's settings: those of the config's JSON, with transformers' values for "auto"; else those of `SHIPPED`."""
-    found = zero3_config(cfg["deepspeed"]) if cfg.get("deepspeed") else None
-    offload = dict.fromkeys(("offload_parameters", "offload_optimizer"), engine == "zero3_offload")
-    if found is None:
+    offload = dict.fromkeys(("offload_parameters", "offload_optimizer"), column == "zero3_offload")
+    if not engine.deepspeed:
         return replace(SHIPPED_ZERO3, width=width, **offload)
-    if engine == "zero3_offload" and any(offloads(found["zero_optimization"]).values()):
-        offload = offloads(found["zero_optimization"])
+    if column == "zero3_offload" and engine.offloads:
+        offload = offloads(engine.zero)
     keys = {
         "bucket": ("reduce_bucket_size", hidden**2),
         "prefetch": ("stage3_prefetch_bucket_size", int(0.9 * hidden**2)),
@@ -88,9 +79,9 @@ def zero3_settings(cfg: Mapping[str, Any], engine: str, hidden: int, width: int)
         "reuse": ("stage3_max_reuse_distance", 10**9),
         "sub_group": ("sub_group_size", 10**9),
     }
-    given = {name: (found["zero_optimization"].get(key), auto) for name, (key, auto) in keys.items()}
+    given = {name: (engine.zero.get(key), auto) for name, (key, auto) in keys.items()}
     numbers: dict[str, Any] = {n: auto if v == "auto" else int(v) for n, (v, auto) in given.items() if v is not None}
-    enabled = [(found.get(kind) or {}).get("enabled") for kind in ("bf16", "fp16")]
+    enabled = [(engine.deepspeed.get(kind) or {}).get("enabled") for kind in ("bf16", "fp16")]
     narrow = True in enabled or ("auto" in enabled and width == 2)
     return Zero3(width=2 if narrow else 4, **numbers, **offload)
 
@@ -121,17 +112,16 @@ def model_config(cfg: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def adapter_configs(cfg: Mapping[str, Any]) -> dict[str, LoraConfig]:
+def adapter_configs(cfg: Mapping[str, Any], reference: ReferenceConfig) -> dict[str, LoraConfig]:
     """LoRA settings of policy and reference: those of the adapters' folders where these exist, else the YAML's.
 
     Raises:
         ConfigError: If neither tells them, or the reference strategy is unknown.
     """
+    name = strategy_name(cfg, reference)
     if not cfg.get("adapter"):
         return {}
-    reference = parse_config(cfg.get("dpo_plugin")).reference
     policy = _lora(cfg, cfg.get("lora_model_dir"))
-    name = reference.strategy or ("adapter" if cfg.get("lora_model_dir") or reference.adapter_dir else "base")
     strategy = get_registry().reference_strategies.find(name, "dpo_plugin.reference.strategy")
     if not strategy.uses_reference_adapter:
         return {POLICY: policy}

@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from dpo_plugin.compute import attention
-from dpo_plugin.config import parse_config
-from dpo_plugin.engines.config import SHIPPED, fsdp_config, may_load_once, offloads_to_host
+from dpo_plugin.config import DPOPluginConfig, parse_config
+from dpo_plugin.engines.config import SHIPPED, EngineSettings, may_load_once
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.plan import engines as sharding
 from dpo_plugin.plan import memory
@@ -26,6 +26,7 @@ from dpo_plugin.plan.inputs import (
     check_targets,
     half,
     model_config,
+    planned_engine,
     zero3_settings,
 )
 from dpo_plugin.plan.memory import Activations, Model, Step
@@ -98,18 +99,20 @@ def memory_here() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def host_shortage(cfg: Mapping[str, Any], path: str) -> str | None:
+def host_shortage(cfg: Mapping[str, Any], path: str, settings: DPOPluginConfig, engine: EngineSettings) -> str | None:
     """What to say of a run on this machine that offloads to a host without the memory for it.
 
     Args:
-        cfg: The raw YAML of a run that is about to start and `offloads_to_host`.
+        cfg: The raw YAML of a run that is about to start.
         path: Its name in messages.
+        settings: Its ``dpo_plugin`` section.
+        engine: Its engine, which `offloads`.
 
     Raises:
         ConfigError: If the config cannot be planned.
     """
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or 0) or torch.cuda.device_count() or 1
-    return Planner(cfg, path, Machine(here, 0, memory_here())).host_shortage()
+    return Planner(cfg, path, Machine(here, 0, memory_here()), settings, engine).host_shortage()
 
 
 class Planner:
@@ -119,23 +122,34 @@ class Planner:
         cfg: The YAML.
         path: Its file, for messages.
         machine: What there is.
+        settings: The ``dpo_plugin`` section, where it has been read.
+        engine: The config's engine, where it has been read.
 
     Raises:
         ConfigError: If the config shows that it cannot run.
     """
 
-    def __init__(self, cfg: Mapping[str, Any], path: str, machine: Machine):
+    def __init__(
+        self,
+        cfg: Mapping[str, Any],
+        path: str,
+        machine: Machine,
+        settings: DPOPluginConfig | None = None,
+        engine: EngineSettings | None = None,
+    ):
         self.cfg, self.path, self.machine = cfg, path, machine
-        self.used = check(cfg, path)
-        settings = parse_config(cfg.get("dpo_plugin"))
-        self.compute, self.strategy = settings.compute, settings.reference.strategy
+        check(cfg, path)
+        self.engine = engine or EngineSettings.read(cfg)
+        self.used = planned_engine(cfg, self.engine)
+        settings = settings or parse_config(cfg.get("dpo_plugin"))
+        self.compute, self.reference = settings.compute, settings.reference
         self._models: dict[str, Model] = {}
-        adapter_configs(cfg)  # its errors before the hub is asked
+        adapter_configs(cfg, self.reference)  # its errors before the hub is asked
         self.config = model_config(cfg)
 
     def model(self, cfg: Mapping[str, Any]) -> Model:
         """The model of a variant, built once."""
-        adapters, dtype = adapter_configs(cfg), torch.bfloat16 if half(cfg) else torch.float32
+        adapters, dtype = adapter_configs(cfg, self.reference), torch.bfloat16 if half(cfg) else torch.float32
         key = repr((dtype, adapters))
         if key not in self._models:
             trust = bool(cfg.get("trust_remote_code"))
@@ -168,7 +182,7 @@ class Planner:
             fused="fused" in optimizer or "8bit" in optimizer,
             upcast=not (bits == 4 and cfg.get("embeddings_skip_upcast")),
             stays_fp32=engine == "ddp" and full and half(cfg) and plain,
-            second_model=full and self.strategy in (None, "model"),
+            second_model=full and self.reference.strategy in (None, "model"),
         )
 
     def held(self, engine: str, cfg: Mapping[str, Any], run: Run) -> Held:
@@ -177,11 +191,11 @@ class Planner:
         if engine == "ddp":
             return sharding.ddp(sizes, run)
         if engine == "fsdp2":
-            fsdp = fsdp_config(cfg)
+            fsdp = self.engine.fsdp
             one_rank_loads = bool(fsdp.get("cpu_ram_efficient_loading", not fsdp and may_load_once(cfg)))
             return sharding.fsdp2(sizes, run, bool(fsdp.get("offload_params")), one_rank_loads)
         hidden = self.config.get_text_config().hidden_size
-        return sharding.zero3(sizes, run, zero3_settings(cfg, engine, hidden, run.width))
+        return sharding.zero3(sizes, run, zero3_settings(self.engine, engine, hidden, run.width))
 
     def step(self, cfg: Mapping[str, Any], run: Run, engine: str, checkpointed: bool) -> Step:
         """The longest forward of a variant: micro_batch_size pairs of 2 × sequence_len, or ``max_tokens``."""
@@ -207,7 +221,7 @@ class Planner:
         model, wanted = self.model(cfg), self.compute.checkpoint_layers
         layers = model.sizes.layers
         count = min(wanted, layers) if isinstance(wanted, int) else layers
-        by_fsdp = engine == "fsdp2" and fsdp_config(cfg).get("activation_checkpointing")
+        by_fsdp = engine == "fsdp2" and self.engine.fsdp.get("activation_checkpointing")
         whole, again = (self.step(cfg, run, engine, checkpointed) for checkpointed in (False, True))
         if count == 0 or not (cfg.get("gradient_checkpointing") or by_fsdp):
             return model.activations(whole)
@@ -311,7 +325,7 @@ class Planner:
 
     def host_shortage(self) -> str | None:
         """What to say where the config moves weights or states to a host that has too little memory."""
-        if not offloads_to_host(self.cfg):
+        if not self.engine.offloads:
             return None
         need, has = self.need(self.used, self.cfg).host, self.machine.host
         if need <= has:

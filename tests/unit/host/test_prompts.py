@@ -1,7 +1,6 @@
 """Prompts of a file are rendered as the training data is, or refused."""
 
 import pytest
-from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
 
 from dpo_plugin.errors import ConfigError
@@ -11,17 +10,12 @@ from dpo_plugin.host.templates import renderer_of
 JINJA = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 
 
-@pytest.fixture(autouse=True)
-def config(monkeypatch):
-    monkeypatch.setattr(PluginManager.get_instance(), "_cfg", DictDefault({"rl": "dpo"}))
-
-
 def row(tokenizer, prompt, chosen):
     return {"prompt_ids": tokenizer(prompt)["input_ids"], "chosen_ids": tokenizer(chosen)["input_ids"]}
 
 
 def check(tokenizer, rows, entry):
-    check_rendered_as_trained(rows, tokenizer, [entry], "./prompts.txt")
+    check_rendered_as_trained(rows, renderer_of({"rl": "dpo"}, entry, tokenizer, True), "./prompts.txt")
 
 
 def test_rows_of_the_template_are_taken_and_another_text_is_refused(tokenizer):

@@ -17,14 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_plugin.compute import attention
 from dpo_plugin.compute.checkpointing import saved_bytes_per_token
-from dpo_plugin.engines.config import SHIPPED
+from dpo_plugin.engines.config import SHIPPED, EngineSettings
 from dpo_plugin.errors import ConfigError, UnknownNameError
 from dpo_plugin.host.commands.cli import dpo
 from dpo_plugin.host.yaml_keys import read_yaml, typed
 from dpo_plugin.model.adapters import POLICY, REFERENCE
 from dpo_plugin.plan import engines as sharding
 from dpo_plugin.plan.engines import Run, Zero3
-from dpo_plugin.plan.inputs import SHIPPED_ZERO3, adapter_configs, check, zero3_settings
+from dpo_plugin.plan.inputs import SHIPPED_ZERO3, adapter_configs, zero3_settings
 from dpo_plugin.plan.memory import LiveBytes, Model, Sizes, Step
 from dpo_plugin.plan.planner import CONTEXT, GIB, Machine, Planner, make_plan
 from dpo_plugin.plan.table import plan_report
@@ -322,13 +322,13 @@ def test_the_72b_recipe(tmp_path):
 
 
 def test_the_settings_of_the_shipped_json():
-    assert zero3_settings({"deepspeed": str(ROOT / SHIPPED)}, "zero3", 8192, 2) == SHIPPED_ZERO3
+    assert zero3_settings(EngineSettings.read({"deepspeed": str(ROOT / SHIPPED)}), "zero3", 8192, 2) == SHIPPED_ZERO3
 
 
 def test_auto_values_are_those_that_transformers_fills_in(tmp_path):
     keys = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
     file = zero_file(tmp_path, **dict.fromkeys(keys, "auto"))
-    found = zero3_settings({"deepspeed": file}, "zero3", 100, 2)
+    found = zero3_settings(EngineSettings.read({"deepspeed": file}), "zero3", 100, 2)
     assert (found.bucket, found.prefetch, found.persistence) == (10_000, 9_000, 1_000)
 
 
@@ -388,8 +388,8 @@ def test_an_adapter_that_is_there_tells_its_own_shape(tmp_path):
 
 @pytest.mark.parametrize(("strategy", "attached"), [(None, True), ("ema", True), ("base", False), ("none", False)])
 def test_the_reference_strategy_decides_about_the_second_adapter(tmp_path, strategy, attached):
-    cfg = planner(tmp_path, dpo_plugin={"reference": {"strategy": strategy}}).cfg
-    assert (REFERENCE in adapter_configs(cfg)) == attached
+    made = planner(tmp_path, dpo_plugin={"reference": {"strategy": strategy}})
+    assert (REFERENCE in adapter_configs(made.cfg, made.reference)) == attached
 
 
 def test_max_tokens_and_checkpointed_layers_bound_activations(tmp_path):
@@ -421,7 +421,7 @@ WRONG = [
     ({"deepspeed": "zero", "fsdp_config": {"version": 2}}, "`deepspeed` and `fsdp_config` are both set"),
     ({"deepspeed": "zero", "adapter": "lora", "load_in_4bit": False, "load_in_8bit": True}, "load_in_8bit"),
     ({"deepspeed": "missing.json"}, "missing.json` does not exist"),
-    ({"deepspeed": "config.yaml"}, "is no JSON"),
+    ({"deepspeed": "config.yaml"}, "is not valid JSON"),
     ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "stage 2"),
     ({"fsdp_config": {"offload_params": False}}, "fsdp_version"),
     ({"fsdp_version": 2, "fsdp_config": {"cpu_ram_efficient_loading": True}}, "cpu_ram_efficient_loading: false"),
@@ -469,7 +469,7 @@ def test_offload_without_the_host_memory_for_it_is_refused(tmp_path, key, host):
     file = config_file(tmp_path, **(deepspeed if key == "deepspeed" else fsdp))
     with pytest.raises(ConfigError, match=rf"`{key}` moves .* --host-memory 17"):
         plan_of(file, 8, 80, host)
-    assert check(yaml.safe_load(Path(file).read_text()), file) == ("zero3_offload" if key == "deepspeed" else "fsdp2")
+    assert plan_of(file, 8, 80, 100)["engine"] == ("zero3_offload" if key == "deepspeed" else "fsdp2")
 
 
 def test_eight_bits_are_planned_where_they_can_be_held(tmp_path):

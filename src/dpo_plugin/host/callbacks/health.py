@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from axolotl.integrations.base import PluginManager
 from transformers import TrainerCallback
 
 from dpo_plugin.config import Action
@@ -137,14 +136,14 @@ def run_facts(trainer: Any) -> RunFacts:
         adapter_dtype=trainer.trained_dtype(),
         lora_r=getattr(lora, "r", None),
         trainable_share=_trainable_share(model),
-        sequence_len=PluginManager.get_instance().cfg.sequence_len,
+        sequence_len=args.max_length,
         planned_steps=trainer.state.max_steps or None,
         epochs=args.num_train_epochs,
         starts_as_reference=strategy.equals_policy_at_start(),
         reference_fixed=type(strategy).fixed,
         base=shown_text(str(model.config.name_or_path)),
         policy=str(settings.policy.path) if settings.policy else "all weights" if lora is None else "a fresh LoRA",
-        reference=f"{settings.strategy_name} {settings.reference.path if settings.reference else ''}".strip(),
+        reference=str(settings.reference),
         pairs=len(trainer.train_dataset),
         hardware=_hardware(trainer.accelerator.num_processes),
     )

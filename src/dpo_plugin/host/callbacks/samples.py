@@ -16,6 +16,7 @@ from dpo_plugin.errors import ConfigError
 from dpo_plugin.host.batches import named_datasets
 from dpo_plugin.host.log import may_fail
 from dpo_plugin.host.prompts import KEY, check_rendered_as_trained, refusal, render_prompt
+from dpo_plugin.host.templates import renderer_of
 from dpo_plugin.report.run_folder import SAMPLES
 from dpo_plugin.samples.generate import AnswerOptions, Sampler
 from dpo_plugin.samples.records import (
@@ -45,10 +46,11 @@ def prompt_ids(trainer: Any, settings: SamplesConfig, datasets: Sequence[Mapping
     """
     if settings.prompts != "eval":
         found = read_prompts(settings.prompts, KEY)
-        if not (datasets[0].get("type") == "dpo_plugin.text" and all(isinstance(prompt, str) for prompt in found)):
-            rows = islice(trainer.train_dataset, 8)
-            check_rendered_as_trained(rows, trainer.processing_class, datasets, settings.prompts)
-        return [render_prompt(prompt, trainer.processing_class, datasets, settings.prompts) for prompt in found]
+        renderer = renderer_of(trainer._settings.template, datasets[0], trainer.processing_class, True)
+        plain = datasets[0].get("type") == "dpo_plugin.text"
+        if not (plain and all(isinstance(prompt, str) for prompt in found)):
+            check_rendered_as_trained(islice(trainer.train_dataset, 8), renderer, settings.prompts)
+        return [render_prompt(prompt, renderer, plain, settings.prompts) for prompt in found]
     evaluation = (data for name, data in named_datasets(trainer) if name.startswith("evaluation"))
     prompts = prompts_of_pairs(chain.from_iterable(evaluation), settings.count)
     if not prompts:

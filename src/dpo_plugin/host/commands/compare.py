@@ -31,7 +31,7 @@ from dpo_plugin.host.output_dir.checkpoints import read_marker
 from dpo_plugin.host.output_dir.resume import REFERENCE_STATE
 from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.settings import RunSettings
-from dpo_plugin.host.yaml_keys import read_yaml, typed
+from dpo_plugin.host.yaml_keys import read_yaml
 from dpo_plugin.metrics.pair import accuracy, margin
 from dpo_plugin.model.adapters import AdapterFolder
 from dpo_plugin.model.references import ReferenceStrategy
@@ -123,10 +123,7 @@ def _raw_config(path: Path, prompts: str | None) -> Any:
     Raises:
         ConfigError: If it does not use dpo_plugin.
     """
-    raw = read_yaml(path)
-    if "dpo_plugin.DPOPlugin" not in (typed(raw).get("plugins") or []):
-        raise ConfigError(f"{path} does not use dpo_plugin. Write: plugins: [dpo_plugin.DPOPlugin]")
-    raw = {key: value for key, value in raw.items() if key not in _LEFT_OUT}
+    raw = {key: value for key, value in read_yaml(path).items() if key not in _LEFT_OUT}
     section = raw.get("dpo_plugin") or {}
     if isinstance(section, dict):  # whatever else it is, the check of the config says so
         samples = section.get("samples") or {}
@@ -167,10 +164,10 @@ def _load(raw: Any, folder: Path) -> tuple[Any, RunSettings]:
     settings = plugin.run_settings()
     if raw.get("adapter"):
         settings = replace(settings, policy=AdapterFolder.open(folder, "--checkpoint"))
-    moves = settings.strategy.state is not ReferenceStrategy.state
+    moves = settings.reference.strategy.state is not ReferenceStrategy.state
     if moves and not (folder / REFERENCE_STATE).is_file():
         raise CheckpointError(
-            f"the reference of the strategy {settings.strategy_name!r} moves in training, and {folder} does not hold "
+            f"the reference of the strategy {settings.reference.name!r} moves in training, and {folder} does not hold "
             f"it ({REFERENCE_STATE}); checkpoints do. Write: --checkpoint {raw.get('output_dir')}/checkpoint-<step>"
         )
     plugin.settings = settings

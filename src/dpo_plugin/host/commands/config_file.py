@@ -13,10 +13,9 @@ from axolotl.integrations.base import PluginManager
 from axolotl.utils.config import normalize_cfg_datasets, normalize_config, validate_config
 from axolotl.utils.dict import DictDefault
 
-from dpo_plugin.errors import ConfigError
 from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.settings import RunSettings
-from dpo_plugin.host.yaml_keys import read_yaml, typed
+from dpo_plugin.host.yaml_keys import read_yaml
 
 # The config is read for the machine it will run on, not for this one.
 _CAPABILITIES = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
@@ -37,8 +36,6 @@ def read_config(path: str | Path) -> tuple[Any, RunSettings]:
     """
     _quiet()
     raw = DictDefault(read_yaml(path))
-    if "dpo_plugin.DPOPlugin" not in (typed(raw).get("plugins") or []):
-        raise ConfigError(f"{path} does not use dpo_plugin. Write: plugins: [dpo_plugin.DPOPlugin]")
     PluginManager.get_instance().plugins.clear()
     prepare_plugins(raw)
     settings = DPOPlugin.active().run_settings()

@@ -31,7 +31,7 @@ class ResumesWhole:
     @cached_property
     def origin(self) -> Origin:
         """What this run trains with; to be asked for before an engine has the model."""
-        reference = {"strategy": self._settings.strategy_name, "identity": self.reference.strategy.identity()}
+        reference = {"strategy": self._settings.reference.name, "identity": self.reference.strategy.identity()}
         if not isinstance(self.model, PolicyReferenceModel):
             return Origin(reference, self._base)
         config = self.model.peft_config[POLICY].to_dict()
