@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dpo_plugin.errors import ReferenceMismatchError
 from dpo_plugin.types import PairLogps
 
 LEAST_NOISE = 2**-16
@@ -78,3 +79,23 @@ def largest_deviation(logps: PairLogps, dtype: torch.dtype) -> Deviation:
     allowed = tolerance(reference, tokens, dtype)
     worst = int((apart - allowed).argmax())
     return Deviation(apart[worst].item(), int(tokens[worst]), allowed[worst].item())
+
+
+def check_policy_is_reference(logps: PairLogps, dtype: torch.dtype) -> None:
+    """Check that policy and reference, which start from the same weights, give the same log-probs.
+
+    Args:
+        logps: Policy and reference before the first step, both run on the same batch.
+        dtype: The coarsest that the forward computes in.
+
+    Raises:
+        ReferenceMismatchError: If they differ by more than rounding explains.
+    """
+    worst = largest_deviation(logps, dtype)
+    if not worst.explained:
+        raise ReferenceMismatchError(
+            "before the first step policy and reference come from the same weights, so every reward must be 0, "
+            f"but the largest is {logps.beta * worst.nats:.3g}: {worst.nats:.3g} nats over {worst.tokens} tokens, "
+            f"where rounding explains {worst.allowed:.2g}. Something changes the model between the two forwards: "
+            "another plugin, a patched kernel, or dropout. Remove it from the config."
+        )

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from dpo_plugin.compute.batching import PairCollator, to_pair_batch
 from dpo_plugin.compute.lm_head import ForwardOptions
 from dpo_plugin.compute.logps import run_model, unwrapped
+from dpo_plugin.compute.step import score_pairs
 from dpo_plugin.model.adapters import PolicyReferenceModel
 from dpo_plugin.model.references import ReferenceStrategy
 from dpo_plugin.samples.records import Answer, Sample, user_turn
@@ -132,8 +133,6 @@ class Sampler:
         """
         training = model.training
         model.eval()
-        if training:
-            _keep_trainable_on_cpus(model)
         try:
             with torch.no_grad():
                 policy = generate(_generator(model), prompts, self.options)
@@ -159,12 +158,15 @@ class Sampler:
         for prompt, one, other in zip(prompts, first, second, strict=True):
             fields = collate([{"prompt_ids": prompt, "chosen_ids": one, "rejected_ids": other}])
             batch = to_pair_batch({name: x.to(device) if isinstance(x, Tensor) else x for name, x in fields.items()})
-            ratios = self._forward(model, batch).sums - self.strategy.logps(model, batch, self._forward)[0]
-            found.append((self.beta * float(ratios[0]), self.beta * float(ratios[1])))
+            logps, _ = score_pairs(model, batch, self._forward, self._reference, self.beta)
+            found.append((self.beta * float(logps.chosen_logratios), self.beta * float(logps.rejected_logratios)))
         return found
 
     def _forward(self, model: Any, batch: PairBatch) -> CompletionLogps:
         return run_model(model, batch, ForwardOptions(chunk=self.chunk))
+
+    def _reference(self, model: Any, batch: PairBatch) -> Tensor:
+        return self.strategy.logps(model, batch, self._forward)
 
     def _sample(
         self,
@@ -181,18 +183,6 @@ class Sampler:
     def _answer(self, ids: list[int], reward: float) -> Answer:
         text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
         return Answer(text, len(ids), ids[-1] in self.options.stop_ids, reward)
-
-
-def _keep_trainable_on_cpus(model: Any) -> None:
-    """Leave bitsandbytes' 4-bit layers in training mode, which changes nothing else of them.
-
-    On a CPU with AVX512-BF16, bitsandbytes 0.50.2 packs the weights anew in the first forward in eval mode
-    (nn/modules.py:613), and the next training step fails on them. On such a CPU the 4-bit run of
-    tests/integration/test_samples_runs.py fails without this.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.training = True
 
 
 def _generator(model: Any) -> Any:

@@ -1,0 +1,140 @@
+"""One micro-batch: policy and reference forward, `PairLogps`, checks, loss, and what metrics are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_plugin.compute.checkpointing import without_checkpointing
+from dpo_plugin.compute.lm_head import ForwardOptions
+from dpo_plugin.compute.logps import pair_logps, run_model, total_loss
+from dpo_plugin.compute.losses import LossOptions, PreferenceLoss
+from dpo_plugin.compute.step_zero import check_policy_is_reference
+from dpo_plugin.errors import NotFiniteError
+from dpo_plugin.model.cached_reference import CachedReference
+from dpo_plugin.model.references import Forward
+from dpo_plugin.types import CompletionLogps, PairBatch, PairLogps
+
+_SIDES = {
+    "policy_chosen_logps": "policy's log-probability of chosen",
+    "policy_rejected_logps": "policy's log-probability of rejected",
+    "ref_chosen_logps": "reference's log-probability of chosen",
+    "ref_rejected_logps": "reference's log-probability of rejected",
+}
+
+
+def score_pairs(
+    model: Any, batch: PairBatch, forward: Forward, reference: Callable[[Any, PairBatch], Tensor], beta: float
+) -> tuple[PairLogps, Tensor | None]:
+    """Run policy and reference, in this order.
+
+    Args:
+        model: The policy as the engine wrapped it.
+        batch: The pairs.
+        forward: Runs the policy.
+        reference: Gives the reference's log-probs, (pairs, 2) fp32 nats: chosen, rejected.
+        beta: β.
+
+    Returns:
+        Both side by side, and the policy's WPO weights, (2 * pairs,) or None.
+    """
+    policy = forward(model, batch)
+    return pair_logps(policy, reference(model, batch), beta, batch.sources), policy.wpo_weights
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a micro-batch gives.
+
+    Attributes:
+        loss: Mean loss over the pairs that count, scalar, with gradient.
+        logps: The pairs that count, for metrics; None if none do.
+    """
+
+    loss: Tensor
+    logps: PairLogps | None
+
+
+@dataclass
+class PreferenceStep:
+    """Computes the loss of a micro-batch.
+
+    Attributes:
+        reference: The reference behind its cache.
+        losses: Name → loss and its weight.
+        loss_options: Settings that losses share.
+        forward_options: How the policy's completions are scored.
+        layers: The model's `GradientCheckpointingLayer`s; a forward without gradients checkpoints none.
+        locate: Says of a batch and the index of a pair where the pair comes from and what to write, for errors.
+        step_zero_dtype: The coarsest dtype that the run computes in, if policy and reference have to be equal on the
+            next batch that is trained on; None once they were, and where nothing says that they are.
+    """
+
+    reference: CachedReference
+    losses: Mapping[str, tuple[PreferenceLoss, float]]
+    loss_options: LossOptions
+    forward_options: ForwardOptions
+    layers: Sequence[nn.Module]
+    locate: Callable[[PairBatch, int], str]
+    step_zero_dtype: torch.dtype | None = None
+
+    def __call__(self, model: Any, batch: PairBatch, counted: Sequence[int], training: bool) -> StepResult:
+        """Compute loss and log-probs of a micro-batch.
+
+        Args:
+            model: The policy as the engine wrapped it.
+            batch: The pairs.
+            counted: Indices of the pairs that count; the others only keep ranks together.
+            training: Whether the policy is trained on it, rather than evaluated.
+
+        Raises:
+            NotFiniteError: If a log-probability is NaN or infinite.
+            ReferenceMismatchError: If policy and reference differ before the first step, though they must not.
+        """
+        dtype = self.step_zero_dtype if training else None
+        reference = partial(self.reference_logps, anew=dtype is not None)
+        logps, wpo_weights = score_pairs(model, batch, self._policy_forward, reference, self.loss_options.beta)
+        self._check_finite(logps, batch)
+        if dtype is not None:
+            self.step_zero_dtype = None
+            check_policy_is_reference(logps, dtype)
+        losses = total_loss(logps, self.losses, self.loss_options, wpo_weights)
+        loss = losses[counted].mean() if 0 < len(counted) < batch.num_pairs else losses.mean()
+        return StepResult(loss, logps.only(counted) if counted else None)
+
+    def reference_logps(self, model: Any, batch: PairBatch, anew: bool = False) -> Tensor:
+        """Get the reference's log-probs, from the cache where they are there; cache them where they are not.
+
+        Args:
+            model: The policy as the engine wrapped it.
+            batch: The pairs.
+            anew: Run the reference even so; equal on all ranks. Cached log-probs come from batches of another shape,
+                which in bf16 moves them by more than step 0 may be off.
+
+        Returns:
+            (pairs, 2) fp32 nats: chosen, rejected.
+        """
+        return self.reference.logps(model, batch, self._reference_forward, anew)
+
+    def _policy_forward(self, model: Any, batch: PairBatch) -> CompletionLogps:
+        return run_model(model, batch, self.forward_options)
+
+    @torch.no_grad()
+    def _reference_forward(self, model: Any, batch: PairBatch) -> CompletionLogps:
+        """Run without gradients, and without what is only asked of the policy."""
+        with without_checkpointing(self.layers):
+            return run_model(model, batch, replace(self.forward_options, wpo=False, entropy=False))
+
+    def _check_finite(self, logps: PairLogps, batch: PairBatch) -> None:
+        values = torch.stack([getattr(logps, name) for name in _SIDES]).detach()
+        finite = torch.isfinite(values)
+        if finite.all():
+            return
+        side, pair = (~finite).nonzero()[0].tolist()
+        name, value = [*_SIDES.values()][side], values[side, pair].item()
+        raise NotFiniteError(f"the {name} is {value} {self.locate(batch, pair)}")
