@@ -5,7 +5,9 @@ import logging
 
 import pytest
 
+from dpo_plugin import hookimpl, registry
 from dpo_plugin.errors import HealthError
+from dpo_plugin.metrics.pair import needs
 from tests.support import host
 from tests.support.tiny import chat_row, dpo_config, write_rows
 
@@ -52,6 +54,21 @@ def test_a_run_that_learns_has_no_finding_and_figures_by_source(base_dir, sft_di
     assert line["speed/reference_cache_hits"] == 0
     assert 0 < line["entropy/chosen"] < 9
     assert line["speed/pairs_per_second"] > 0
+
+
+def test_what_a_third_partys_metric_needs_is_computed_whatever_its_name(base_dir, sft_dir, tmp_path, monkeypatch):
+    class TheirPackage:
+        @hookimpl
+        def dpo_metrics(self):
+            return {"mine/certainty": needs("entropy")(lambda logps: -logps.chosen_entropy)}
+
+    manager = registry.build_manager()
+    manager.register(TheirPackage(), name="their-package")
+    monkeypatch.setattr("dpo_plugin.host.settings.get_registry", lambda: registry.build_registry(manager))
+    settings = {"dpo_plugin": {"metrics": ["mine/certainty"]}, "max_steps": 2}
+    run = host.train(config(base_dir, sft_dir, tmp_path, **settings), tmp_path)
+    assert -9 < run.lines[-1]["mine/certainty"] < 0
+    assert "entropy/chosen" not in run.lines[-1]
 
 
 def test_a_run_that_does_not_learn_is_told_what_to_change(base_dir, sft_dir, tmp_path, caplog):

@@ -45,6 +45,7 @@ from dpo_plugin.host.output_dir.saving import saving
 from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.reference_cache import base_identity, open_cache, rounding
 from dpo_plugin.metrics.adapter_norms import AdapterNorms
+from dpo_plugin.metrics.pair import needed_by
 from dpo_plugin.metrics.recorder import MetricRecorder
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel, attach
 from dpo_plugin.model.buffers import ComputedBuffers
@@ -154,7 +155,7 @@ class PreferenceTrainer(ResumesWhole, OnAnyEngine, MetricRecorder, AxolotlDPOTra
         self._forward_options = ForwardOptions(
             wpo=bool(self.use_weighting),
             ld_alpha=config.loss.ld_alpha,
-            entropy=any(name.startswith("entropy/") for name in self._settings.metrics),
+            entropy="entropy" in needed_by(self._settings.metrics.values()),
             chunk=config.compute.logits_chunk,
         )
         self._reference_options = replace(self._forward_options, wpo=False, entropy=False)

@@ -1,16 +1,18 @@
-"""Sums that become percentiles, correlations and figures by source when a line is logged, right over all ranks."""
+"""What a log line says of all pairs since the line before, over micro-batches and ranks."""
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpo_plugin.compute.logps import sum_dtype
+from dpo_plugin.errors import DPOPluginError
+from dpo_plugin.metrics.pair import PreferenceMetric
 from dpo_plugin.types import PairLogps
 
 PAIRS_KEPT = 4096
@@ -34,7 +36,7 @@ SUMS = (
 
 
 def pair_sums(logps: PairLogps) -> Tensor:
-    """The sums of a batch that `SUMS` names, (13,)."""
+    """Sum over a batch what `SUMS` names, (13,)."""
     dtype = sum_dtype(logps.policy_chosen_logps.device)
     margin = (logps.chosen_rewards - logps.rejected_rewards).to(dtype)
     longer = (logps.chosen_tokens - logps.rejected_tokens).to(dtype)
@@ -50,7 +52,7 @@ def pair_sums(logps: PairLogps) -> Tensor:
 
 
 def length_figures(sums: Mapping[str, float], pairs: float) -> dict[str, float]:
-    """How far the margin goes with the length (Park et al. 2024, arXiv 2403.19159).
+    """Say how the margin correlates with length (Park et al. 2024, arXiv 2403.19159).
 
     Args:
         sums: Values of `SUMS` over all ranks.
@@ -58,7 +60,7 @@ def length_figures(sums: Mapping[str, float], pairs: float) -> dict[str, float]:
 
     Returns:
         The correlation of margin and length difference, and the accuracy where chosen is the longer and where it is the
-        shorter answer; each only where there is one.
+        shorter answer; each only where it is defined.
     """
     found = {}
     spread = [sums[f"{name}²"] - sums[name] ** 2 / pairs for name in ("margin", "longer")]
@@ -93,27 +95,14 @@ class RewardSample:
             self._parts = [torch.cat(self._parts)[::2]]
             self.kept = len(self._parts[0])
 
-    def gathered(self, kept_on_all: int, device: torch.device, gather: Callable[[Tensor], Tensor]) -> Tensor:
-        """Rewards of chosen and rejected of the kept pairs of all ranks, (kept, 2).
-
-        Args:
-            kept_on_all: Sum of `kept` over ranks; each rank pads to as many, since `gather` wants equal sizes.
-            device: Where to pad, on a rank that has none.
-            gather: Concatenates 1-d tensors of equal size over ranks.
-        """
-        rewards = torch.full((min(PAIRS_KEPT, kept_on_all), 2), math.nan, device=device)
-        if self._parts:
-            rewards[: self.kept] = torch.cat(self._parts).float()
-        every = gather(rewards.flatten()).view(-1, 2)
-        return every[~every.isnan().any(dim=1)]
+    def rewards(self) -> Tensor:
+        """Rewards of chosen and rejected of the kept pairs, (kept, 2), fp32 on the CPU."""
+        return torch.cat(self._parts).float().cpu() if self._parts else torch.empty(0, 2)
 
 
 def margin_percentiles(rewards: Tensor) -> dict[str, float]:
     """The 10th, 50th and 90th percentile of the margin over rewards of chosen and rejected, (pairs, 2)."""
-    if not len(rewards):
-        return {}
-    shares = torch.tensor([0.1, 0.5, 0.9], device=rewards.device)
-    levels = torch.quantile(rewards[:, 0] - rewards[:, 1], shares).tolist()
+    levels = torch.quantile(rewards[:, 0] - rewards[:, 1], torch.tensor([0.1, 0.5, 0.9])).tolist()
     return {f"rewards/margins_p{share}": level for share, level in zip((10, 50, 90), levels, strict=True)}
 
 
@@ -137,45 +126,159 @@ class SourceTally:
             new[: len(self._sums)] += self._sums
         self._sums = new
 
-    def fingerprint(self) -> list[float]:
-        """Four numbers whose sums over ranks tell whether there is more than one source in all; see `several`."""
-        if not self._index:
-            return [0.0, 0.0, 0.0, 0.0]
-        mark = float(zlib.crc32(next(iter(self._index)).encode()) % 2**20)  # its square sums up exactly in fp64
-        return [1.0, mark, mark * mark, float(len(self._index) > 1)]
-
-    @staticmethod
-    def several(total: Sequence[float]) -> bool:
-        """Whether the summed fingerprints are of more than one source.
-
-        Of n ranks that saw one source each, all saw the same if and only if n Σh² = (Σh)² (Cauchy-Schwarz).
-        """
-        ranks, marks, squares, more = total
-        return more > 0 or ranks * squares != marks * marks
-
-    def figures(self, gather_object: Callable[[Any], list[Any]]) -> dict[str, float]:
-        """Accuracy, margin and count of each source over all ranks.
-
-        Args:
-            gather_object: Returns a list of every rank's object.
-        """
-        rows = [] if self._sums is None else self._sums.tolist()
-        mine = dict(zip(self._index, rows, strict=True))
-        total: dict[str, list[float]] = {}
-        for theirs in gather_object(mine):
-            for source, numbers in theirs.items():
-                total[source] = [a + b for a, b in zip(total.get(source, [0.0] * 3), numbers, strict=True)]
-        found = {}
-        for source, (pairs, right, margin) in _largest(total).items():
-            found[f"rewards/accuracies/{source}"] = right / pairs
-            found[f"rewards/margins/{source}"] = margin / pairs
-            found[f"rewards/count/{source}"] = pairs
-        return found
+    def sums(self) -> dict[str, list[float]]:
+        """Source → pairs, right pairs, sum of margins."""
+        return dict(zip(self._index, [] if self._sums is None else self._sums.tolist(), strict=True))
 
 
-def _largest(total: Mapping[str, list[float]]) -> dict[str, list[float]]:
-    """The sources by name; beyond `SOURCES_LOGGED`, the smaller ones as one."""
+def source_figures(ranks: Sequence[Mapping[str, list[float]]]) -> dict[str, float]:
+    """Accuracy, margin and count of each source.
+
+    Args:
+        ranks: Each rank's `SourceTally.sums`.
+
+    Returns:
+        Nothing if there is a single source; beyond `SOURCES_LOGGED`, the smaller ones as `OTHER_SOURCES`.
+    """
+    names = {source for one in ranks for source in one}
+    total = {name: [sum(column) for column in zip(*(one[name] for one in ranks if name in one), strict=True)]
+             for name in names}  # fmt: skip
+    if len(total) < 2:
+        return {}
     by_size = sorted(total, key=lambda source: (-total[source][0], source))
     kept = {source: total[source] for source in sorted(by_size[:SOURCES_LOGGED])}
-    rest = [total[source] for source in by_size[SOURCES_LOGGED:]]
-    return {**kept, OTHER_SOURCES: [sum(column) for column in zip(*rest, strict=True)]} if rest else kept
+    if rest := [total[source] for source in by_size[SOURCES_LOGGED:]]:
+        kept[OTHER_SOURCES] = [sum(column) for column in zip(*rest, strict=True)]
+    found = {}
+    for source, (pairs, right, margin) in kept.items():
+        found[f"rewards/accuracies/{source}"] = right / pairs
+        found[f"rewards/margins/{source}"] = margin / pairs
+        found[f"rewards/count/{source}"] = pairs
+    return found
+
+
+@dataclass(frozen=True)
+class _RankTotals:
+    """What one rank has seen since the last log line; ``sums`` are those of the metrics, then `SUMS`."""
+
+    sums: list[float]
+    counts: list[int]
+    pairs: int
+    rewards: Tensor
+    sources: dict[str, list[float]]
+
+
+class MetricMeans:
+    """Metrics of all pairs since the last `result`; keeps tensors on their device and synchronises nothing before.
+
+    Besides the means of ``metrics`` it gives percentiles of the margin, how the margin correlates with length, the
+    log-probs against step 0, and accuracy, margin and count by source.
+
+    Args:
+        metrics: Name → metric.
+        owner: Name of a metric → who registered it, for errors.
+        starts_as_reference: Whether the reference is what the policy started from. Then a log-ratio is the change since
+            step 0 of the very same pair; otherwise the first line of this object stands for step 0.
+
+    Attributes:
+        start: Mean log-prob per token of chosen and rejected, in nats, that stands for step 0; set by a caller that
+            resumes.
+        rewards: Rewards of chosen and rejected of single pairs of all ranks, (pairs, 2), as of the last `result`.
+    """
+
+    def __init__(
+        self,
+        metrics: Mapping[str, PreferenceMetric],
+        owner: Callable[[str], str] = lambda _: "dpo_plugin",
+        starts_as_reference: bool = True,
+    ):
+        self.metrics = dict(metrics)
+        self.start: tuple[float, float] | None = None
+        self.rewards = torch.empty(0, 2)
+        self._owner = owner
+        self._starts_as_reference = starts_as_reference
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums: Tensor | None = None
+        self._counts = [0] * len(self.metrics)
+        self._pairs = 0
+        self._sample = RewardSample()
+        self._sources = SourceTally()
+
+    @torch.no_grad()
+    def update(self, logps: PairLogps) -> None:
+        """Add a batch.
+
+        Raises:
+            DPOPluginError: If a metric raises, or returns something else than one value per pair; names its owner.
+        """
+        device, pairs = logps.policy_chosen_logps.device, len(logps.policy_chosen_logps)
+        nothing = torch.zeros((), dtype=sum_dtype(device), device=device)
+        values = [self._value(name, logps) for name in self.metrics]
+        means = [nothing if value is None else value.to(nothing.dtype).sum() for value in values]
+        sums = torch.stack([*means, *pair_sums(logps)])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._counts = [count + (value is not None) * pairs for count, value in zip(self._counts, values, strict=True)]
+        self._pairs += pairs
+        rewards = torch.stack([logps.chosen_rewards, logps.rejected_rewards], dim=1).detach()
+        self._sample.add(rewards)
+        self._sources.add(logps.sources, rewards[:, 0] - rewards[:, 1])
+
+    def _value(self, name: str, logps: PairLogps) -> Tensor | None:
+        pairs = logps.policy_chosen_logps.shape
+        others = ", ".join(other for other in self.metrics if other != name)
+        without = f"Update or uninstall its package, or leave it out. Write: metrics: [{others}]"
+        try:
+            value: Any = self.metrics[name](logps)
+        except Exception as error:
+            raise DPOPluginError(
+                f"metric {name!r} of {self._owner(name)} raised {type(error).__name__}: {error}. {without}"
+            ) from error
+        if value is None:
+            return None
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        if not isinstance(value, Tensor) or value.shape != pairs:
+            raise DPOPluginError(
+                f"metric {name!r} of {self._owner(name)} returned {found} for {pairs[0]} pairs, not a Tensor of shape "
+                f"({pairs[0]},). {without}"
+            )
+        return value.detach()
+
+    def result(
+        self, gather_object: Callable[[Any], list[Any]] = lambda value: [value], since_start: bool = True
+    ) -> dict[str, float]:
+        """Compute the metrics over all ranks, and start anew. Every rank must call it, and gets the same.
+
+        Args:
+            gather_object: Returns the list of every rank's object; called once.
+            since_start: Whether there is a step 0 to measure from; an evaluation without training has none.
+
+        Returns:
+            Name → value; empty if no rank has seen a pair since the last call.
+        """
+        sums = [] if self._sums is None else self._sums.tolist()
+        mine = _RankTotals(sums, self._counts, self._pairs, self._sample.rewards(), self._sources.sums())
+        self._clear()
+        ranks: list[_RankTotals] = [rank for rank in gather_object(mine) if rank.pairs]
+        if not ranks:
+            return {}
+        pairs = sum(rank.pairs for rank in ranks)
+        totals = [sum(column) for column in zip(*(rank.sums for rank in ranks), strict=True)]
+        counts = [sum(column) for column in zip(*(rank.counts for rank in ranks), strict=True)]
+        self.rewards = torch.cat([rank.rewards for rank in ranks])
+        by_name = dict(zip(SUMS, totals[len(counts) :], strict=True))
+        found = {name: total / count for name, total, count in zip(self.metrics, totals, counts, strict=False) if count}
+        found |= {"rewards/count": float(pairs), **margin_percentiles(self.rewards), **length_figures(by_name, pairs)}
+        found |= self._displacement(by_name, pairs) if since_start else {}
+        return found | source_figures([rank.sources for rank in ranks])
+
+    def _displacement(self, sums: Mapping[str, float], pairs: float) -> dict[str, float]:
+        """Change of the log-probs since step 0 in nats per token (likelihood displacement, arXiv 2410.08847)."""
+        now = sums["chosen_logp"] / pairs, sums["rejected_logp"] / pairs
+        if self._starts_as_reference:
+            moved = sums["chosen_logratio"] / pairs, sums["rejected_logratio"] / pairs
+        else:
+            self.start = self.start or now
+            moved = now[0] - self.start[0], now[1] - self.start[1]
+        return {"logps/chosen_displacement": moved[0], "logps/rejected_displacement": moved[1]}

@@ -9,7 +9,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from dpo_plugin.metrics.adapter_norms import AdapterNorms
-from dpo_plugin.metrics.pair import MetricMeans, PreferenceMetric
+from dpo_plugin.metrics.aggregates import MetricMeans
+from dpo_plugin.metrics.pair import PreferenceMetric
 from dpo_plugin.metrics.throughput import Throughput
 
 SHOWN_PAIRS = 500
@@ -46,7 +47,7 @@ class MetricRecorder:
         mode = "train" if self.model.training else "eval"
         prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
         trained = self.is_in_train or self.state.global_step > 0
-        found = self._means[mode].result(self._sum, self.accelerator.gather, self._gather_object, since_start=trained)
+        found = self._means[mode].result(self._gather_object, since_start=trained)
         if mode == "train" and found:
             found |= self.adapter_norms() | self._throughput.result(self._sum, self.accelerator.device)
         if found:

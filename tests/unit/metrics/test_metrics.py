@@ -1,6 +1,7 @@
 """Metrics against values derived by hand and against numpy, on one rank and on several."""
 
 import math
+import pickle
 import threading
 from dataclasses import replace
 from typing import Any
@@ -9,16 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_plugin.errors import DPOPluginError
+from dpo_plugin.errors import DPOPluginError, RegistrationError
 from dpo_plugin.metrics.aggregates import (
     OTHER_SOURCES,
     PAIRS_KEPT,
     SOURCES_LOGGED,
+    MetricMeans,
     RewardSample,
     SourceTally,
     margin_percentiles,
+    source_figures,
 )
-from dpo_plugin.metrics.pair import METRICS, TRL_METRICS, MetricMeans
+from dpo_plugin.metrics.pair import METRICS, TRL_METRICS, needed_by, needs
 from dpo_plugin.registry import get_registry
 from dpo_plugin.types import PairLogps
 
@@ -49,24 +52,20 @@ def part(logps: PairLogps, start: int, end: int) -> PairLogps:
     return PairLogps(*(t[start:end] for t in tensors), beta=logps.beta, sources=logps.sources[start:end])
 
 
-def alone(values: torch.Tensor) -> torch.Tensor:
-    return values
-
-
 class Ranks:
     """Collectives between threads, each of which is a rank; counts calls."""
 
     def __init__(self, size: int):
         self.size = size
-        self.calls = {"reduce": 0, "gather": 0, "gather_object": 0}
+        self.calls = 0
         self._slots: list[Any] = [None] * size
         self._barrier = threading.Barrier(size, timeout=10)
 
-    def _all(self, rank: int, kind: str, value: Any) -> list[Any]:
-        self._slots[rank] = value
+    def _all(self, rank: int, value: Any) -> list[Any]:
+        self._slots[rank] = pickle.dumps(value)
         self._barrier.wait()
-        every = list(self._slots)
-        self.calls[kind] += rank == 0
+        every = [pickle.loads(slot) for slot in self._slots]
+        self.calls += rank == 0
         self._barrier.wait()
         return every
 
@@ -74,16 +73,7 @@ class Ranks:
         found: list[Any] = [None] * self.size
 
         def rank(number: int) -> None:
-            def equal_sizes(value: torch.Tensor) -> torch.Tensor:
-                every = self._all(number, "gather", value)
-                assert len({len(one) for one in every}) == 1
-                return torch.cat(every)
-
-            found[number] = metrics[number].result(
-                lambda value: torch.stack(self._all(number, "reduce", value)).sum(0),
-                equal_sizes,
-                lambda value: self._all(number, "gather_object", value),
-            )
+            found[number] = metrics[number].result(lambda value: self._all(number, value))
 
         threads = [threading.Thread(target=rank, args=(number,)) for number in range(self.size)]
         for thread in threads:
@@ -135,13 +125,13 @@ def test_every_metric_by_hand():
         "lengths/accuracy_chosen_longer": 1.0, "lengths/accuracy_chosen_shorter": 1.0,
         "logps/chosen_displacement": (0.5 - 0.3 + 2) / 3, "logps/rejected_displacement": (-1 + 0.9 + 0) / 3,
     }  # fmt: skip
-    assert metrics.result(alone) == pytest.approx(expected, abs=1e-6)
+    assert metrics.result() == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_groups_are_trls_and_the_new_ones_are_grouped_alike():
     metrics = MetricMeans(METRICS)
     metrics.update(some_pairs(20))
-    names = set(metrics.result(alone))
+    names = set(metrics.result())
     assert set(TRL_METRICS) <= names
     assert {name for name in FIELDS if "entropy" not in name} <= names
     assert {name.split("/")[0] for name in names} == {"rewards", "logps", "logits", "logratios", "lengths"}
@@ -156,7 +146,7 @@ def test_many_batches_on_uneven_ranks_are_one_batch():
         [part(pairs, 90, 97)],
     ])  # fmt: skip
     assert parts == pytest.approx(whole, rel=1e-9)
-    assert ranks.calls == {"reduce": 1, "gather": 1, "gather_object": 1}
+    assert ranks.calls == 1
 
 
 def test_percentiles_and_correlation_are_numpys():
@@ -212,25 +202,25 @@ def test_sources_missing_on_some_ranks():
         (((), (), ()), 0),
     ],
 )
-def test_sources_are_exchanged_only_where_there_are_several(sources: Any, fields: int):
+def test_sources_have_fields_only_where_there_are_several(sources: Any, fields: int):
     batches = [[some_pairs(4, rank, names)] if names is not None else [] for rank, names in enumerate(sources)]
     found, ranks = on_ranks(batches)
     assert len([name for name in found if name.startswith("rewards/count/")]) == fields
-    assert ranks.calls["gather_object"] == (fields > 0)
+    assert ranks.calls == 1
 
 
-def test_fingerprints_tell_every_mix_of_a_few_sources():
-    def total(*ranks: list[str]) -> list[float]:
+def test_every_mix_of_a_few_sources_is_told():
+    def several(*ranks: list[str]) -> bool:
         tallies = [SourceTally() for _ in ranks]
         for tally, names in zip(tallies, ranks, strict=True):
             if names:
                 tally.add(names, torch.zeros(len(names)))
-        return [sum(column) for column in zip(*(tally.fingerprint() for tally in tallies), strict=True)]
+        return bool(source_figures([tally.sums() for tally in tallies]))
 
     names = [f"source {number}" for number in range(40)]
-    assert not any(SourceTally.several(total([name], [name], [], [name])) for name in names)
-    assert all(SourceTally.several(total([one], [other], [])) for one in names for other in names if one != other)
-    assert SourceTally.several(total(names[:2], []))
+    assert not any(several([name], [name], [], [name]) for name in names)
+    assert all(several([one], [other], []) for one in names for other in names if one != other)
+    assert several(names[:2], [])
 
 
 def test_beyond_twenty_sources_the_smaller_ones_are_summed_up():
@@ -250,12 +240,12 @@ def test_a_rank_without_pairs_takes_part():
 
 def test_without_any_pair_there_is_nothing_and_everything_starts_anew():
     metrics = MetricMeans(METRICS)
-    assert metrics.result(alone) == {}
+    assert metrics.result() == {}
     metrics.update(some_pairs(9, 1, ["a", "b", "c"] * 3))
-    first = metrics.result(alone)
-    assert metrics.result(alone) == {}
+    first = metrics.result()
+    assert metrics.result() == {}
     metrics.update(some_pairs(9, 1, ["a", "b", "c"] * 3))
-    assert metrics.result(alone) == first
+    assert metrics.result() == first
 
 
 def test_margins_are_bounded_and_still_spread_over_all_pairs():
@@ -265,7 +255,7 @@ def test_margins_are_bounded_and_still_spread_over_all_pairs():
         assert sample.kept <= PAIRS_KEPT
     kept = torch.cat(sample._parts)
     assert torch.equal(kept, every[:: sample._stride])
-    levels = margin_percentiles(sample.gathered(sample.kept, torch.device("cpu"), alone))
+    levels = margin_percentiles(sample.rewards())
     assert levels["rewards/margins_p10"] == pytest.approx(5_000, rel=0.01)
     assert levels["rewards/margins_p90"] == pytest.approx(45_000, rel=0.01)
 
@@ -281,13 +271,13 @@ def test_displacement_is_against_the_first_line_where_the_reference_is_another()
 
     metrics = MetricMeans(METRICS, starts_as_reference=False)
     metrics.update(at(-2, -4))
-    assert metrics.result(alone)["logps/chosen_displacement"] == 0
+    assert metrics.result()["logps/chosen_displacement"] == 0
     metrics.update(at(-3, -4.5))
     resumed = MetricMeans(METRICS, starts_as_reference=False)
     resumed.start = metrics.start
     resumed.update(at(-3, -4.5))
     for one in (metrics, resumed):
-        later = one.result(alone)
+        later = one.result()
         assert (later["logps/chosen_displacement"], later["logps/rejected_displacement"]) == pytest.approx((-1, -0.5))
 
 
@@ -307,7 +297,7 @@ def test_a_metric_that_says_none_is_left_out_and_one_that_says_it_once_is_averag
     metrics = MetricMeans({"mine/never": lambda _: None, "mine/once": lambda _: next(answers)})
     for _ in range(3):
         metrics.update(some_pairs(2))
-    found = metrics.result(alone)
+    found = metrics.result()
     assert found["mine/once"] == 2
     assert "mine/never" not in found
 
@@ -317,7 +307,18 @@ def test_a_third_partys_metric_is_a_mean_over_pairs():
     pairs = some_pairs(40)
     metrics.update(pairs)
     expected = (pairs.chosen_tokens > pairs.rejected_tokens).float().mean().item()
-    assert metrics.result(alone)["mine/longer"] == pytest.approx(expected)
+    assert metrics.result()["mine/longer"] == pytest.approx(expected)
+
+
+def test_a_metric_declares_what_must_be_computed_for_it():
+    @needs("entropy")
+    def certainty(logps: PairLogps) -> torch.Tensor:
+        return -logps.chosen_entropy
+
+    assert needed_by([certainty]) == needed_by([METRICS["entropy/chosen"]]) == {"entropy"}
+    assert needed_by(TRL_METRICS.values()) == frozenset()
+    with pytest.raises(RegistrationError, match=r"'entropi', which is not computed.*Write: @needs\(.entropy.\)$"):
+        needs("entropi")
 
 
 @pytest.mark.parametrize(
@@ -367,7 +368,7 @@ def test_no_gradient_is_kept():
     metrics.update(made)
     assert not metrics._sums.requires_grad
     assert not any(rewards.requires_grad for rewards in metrics._sample._parts)
-    assert math.isfinite(metrics.result(alone)["rewards/margins/a"])
+    assert math.isfinite(metrics.result()["rewards/margins/a"])
 
 
 @pytest.mark.parametrize("picked", [[2, 0], [], [0, 1, 2]])
