@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from dpo_plugin.errors import AdapterError
 from dpo_plugin.model.adapter_config import read_adapter_config
 from dpo_plugin.model.inits import check_fresh_init, check_saved_init
+from dpo_plugin.model.modules_to_save import hold_in_fp32
 
 # PEFT saves the adapter called "default" into the folder itself and any other into a folder of its own.
 POLICY = "default"
@@ -102,6 +103,11 @@ class PolicyReferenceModel(PeftModelForCausalLM):  # type: ignore[misc]
         """Let the saved ``adapter_config.json`` name the base model that is loaded, and its revision."""
         config = self.peft_config[POLICY]
         config.base_model_name_or_path, config.revision = name or config.base_model_name_or_path, revision
+
+    def add_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter as PEFT does, and hold all of it in fp32."""
+        super().add_adapter(adapter_name, *args, **kwargs)
+        hold_in_fp32(self, adapter_name)
 
     def save_pretrained(
         self, save_directory: str, *args: Any, selected_adapters: Sequence[str] | None = None, **kwargs: Any
@@ -217,9 +223,11 @@ def attach(
 def _wrap(base: nn.Module, config: LoraConfig, folder: AdapterFolder | None) -> PolicyReferenceModel:
     config.inference_mode = False
     try:
-        return PolicyReferenceModel(base, config, adapter_name=POLICY)
+        model = PolicyReferenceModel(base, config, adapter_name=POLICY)
     except _PEFT_ERRORS as error:
         raise _misfit(folder, str(error)) from error
+    hold_in_fp32(model, POLICY)
+    return model
 
 
 def _load(model: PolicyReferenceModel, folder: AdapterFolder, name: str) -> None:

@@ -84,7 +84,11 @@ def test_only_the_policy_adapter_is_trainable_and_in_fp32(base_dir, tmp_path, ki
     assert trainable == {name for name, _ in model.policy_parameters()}
     assert trainable
     assert not [name for name in trainable if ".reference." in name or "base_layer" in name]
-    assert {p.dtype for name, p in model.policy_parameters() if "lora_" in name} == {torch.float32}
+    assert {p.dtype for _, p in model.policy_parameters()} == {torch.float32}
+    expected = load_peft_weights(str(folder), device="cpu")
+    for name in (POLICY, REFERENCE):
+        assert all(torch.equal(value, expected[key]) for key, value in adapter_tensors(model, name).items())
+    assert logits(model).dtype == torch.bfloat16
 
 
 def test_a_gradient_reaches_the_policy_and_nothing_else(base_dir, sft_dir):
