@@ -4,47 +4,16 @@ import sys
 
 import pytest
 import torch
-import yaml
-from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_plugin.errors import AdapterError
 from dpo_plugin.host.commands.compare import compare
 from dpo_plugin.model.adapters import POLICY, REFERENCE, AdapterFolder, attach, without_copies
-from tests.support import host, tiny
-from tests.support.tiny import ROOT, dpo_config
-
-TOKENS = ["<|tool|>", "<|/tool|>"]
-NEW = {"tokens": TOKENS, "lora_modules_to_save": ["embed_tokens", "lm_head"]}
-ROWS = [tiny.chat_row(f"Call {n}", f"<|tool|> {n} <|/tool|>", f"I cannot call {n}.") for n in range(16)]
-
-
-def save_base(folder, tied):
-    """The tiny base; untied, its head has weights of its own."""
-    tiny.save_base(folder)
-    if not tied:
-        config = AutoModelForCausalLM.from_pretrained(folder).config
-        config.tie_word_embeddings = False
-        torch.manual_seed(0)
-        Qwen2ForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-def run_sft(base, folder):
-    """Two steps of axolotl's SFT on ids that contain the new tokens."""
-    from axolotl.common.datasets import TrainDatasetMeta
-    from axolotl.loaders import load_tokenizer
-    from axolotl.train import train
-
-    recipe = yaml.safe_load((ROOT / "recipes/tiny-sft.yaml").read_text(encoding="utf-8"))
-    paths = {"base_model": str(base), "output_dir": str(folder / "sft"), "dataset_prepared_path": str(folder / "data")}
-    cfg = host.load_config({**recipe, **paths, **NEW, "max_steps": 2}, folder)
-    ids = load_tokenizer(cfg)([row["chosen"][-1]["content"] for row in ROWS])["input_ids"]
-    rows = [{"input_ids": row, "labels": row, "attention_mask": [1] * len(row)} for row in ids]
-    train(cfg=cfg, dataset_meta=TrainDatasetMeta(Dataset.from_list(rows), None, 2))
-    return folder / "sft"
+from tests.support import host
+from tests.support.new_tokens import dpo_settings, resized, run_sft, save_base
+from tests.support.tiny import dpo_config
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -53,16 +22,7 @@ def life(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     base = save_base(folder / "base", request.param == "tied")
     sft = run_sft(base, folder)
-    data = [{"path": str(tiny.write_rows(folder / "rows.jsonl", ROWS)), "ds_type": "json", "type": "dpo_plugin.chat"}]
-    settings = {**NEW, "lora_model_dir": str(sft), "lora_r": 16, "lora_alpha": 32, "datasets": data}
-    settings["test_datasets"] = [{**data[0], "split": "train"}]
-    return base, sft, host.train(dpo_config(base, folder / "dpo", **settings), folder)
-
-
-def resized(base):
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.resize_token_embeddings(len(tiny.tokenizer()) + len(TOKENS))
-    return model
+    return base, sft, host.train(dpo_config(base, folder / "dpo", **dpo_settings(sft, folder)), folder)
 
 
 def logits(model, folder):
