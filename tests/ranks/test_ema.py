@@ -22,8 +22,9 @@ def settings(tmp_path_factory):
     zero2.write_text(json.dumps({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, **automatic}))
     ema = {"reference": {"strategy": "ema", "ema_alpha": ALPHA, "ema_steps": 1, "cache": False}}
     return {
-        **BF16, "deepspeed": str(zero2), "dpo_plugin": ema, "max_steps": 3, "save_steps": 2, "learning_rate": 2e-3,
-        "test_datasets": None, "eval_steps": None, "eval_strategy": "no", "gradient_accumulation_steps": 1,
+        **BF16, "deepspeed": str(zero2), "dpo_plugin": ema, "max_steps": 3, "save_steps": 1, "save_total_limit": 3,
+        "learning_rate": 2e-3, "test_datasets": None, "eval_steps": None, "eval_strategy": "no",
+        "gradient_accumulation_steps": 1,
     }  # fmt: skip
 
 
@@ -49,16 +50,19 @@ def test_a_resumed_run_has_the_reference_that_was_left(unbroken, base_dir, sft, 
 
 
 def test_the_reference_moves_in_fp32_from_fp32(unbroken, sft):
-    """After one update: reference = (1 − α) · start + α · policy, of which bf16 would round nearly all away."""
-    start = load_file(sft / "adapter_model.safetensors")
-    state = load_file(unbroken.output_dir / "checkpoint-2/reference_state.safetensors")
-    policy = load_file(unbroken.output_dir / "checkpoint-2/adapter_model.safetensors")
-    assert {value.dtype for value in state.values()} == {torch.float32}
-    moved, total = 0, 0
-    for name, value in state.items():
-        key = name.replace(".default.", ".").replace(".default", "")
-        far = (policy[key] - start[key]).abs() > 1e-4
-        moved += ((value != start[key]) & far).sum().item()
-        total += far.sum().item()
-    print(f"\n{moved / total:.1%} of {total} weights moved")
-    assert moved > 0.99 * total
+    """After each update: reference = (1 − α) · reference + α · policy, of which bf16 would round nearly all away."""
+    start = expected = load_file(sft / "adapter_model.safetensors")
+    for step in (1, 2):
+        folder = unbroken.output_dir / f"checkpoint-{step}"
+        named = load_file(folder / "reference_state.safetensors")
+        state = {name.replace(".default.", ".").replace(".default", ""): value for name, value in named.items()}
+        policy = load_file(folder / "adapter_model.safetensors")
+        assert {value.dtype for value in state.values()} == {torch.float32}
+        far = {name: (policy[name] - start[name]).abs() > 1e-4 for name in state}
+        moved = sum(((state[name] != start[name]) & far[name]).sum().item() for name in state)
+        total = sum(mask.sum().item() for mask in far.values())
+        print(f"\nstep {step}: {moved / total:.1%} of {total} weights moved")
+        assert moved > 0.99 * total
+        # The policy rounded to bf16 would put weights of 0.05 up to 1e-6 elsewhere.
+        expected = {name: expected[name].lerp(policy[name], ALPHA) for name in state}
+        torch.testing.assert_close(state, expected, rtol=0, atol=1e-7)

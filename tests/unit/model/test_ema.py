@@ -9,7 +9,7 @@ from dpo_plugin.config import ReferenceConfig
 from dpo_plugin.errors import CheckpointError, ConfigError
 from dpo_plugin.model.adapters import AdapterFolder, attach
 from dpo_plugin.model.references import EmaReference
-from tests.support import tiny
+from tests.support import host, tiny
 
 
 def ema(base_dir, policy, reference, alpha=0.01):
@@ -64,10 +64,13 @@ def test_what_was_kept_comes_back_bit_by_bit(base_dir, sft_dir, tmp_path, engine
 )
 def test_adapters_of_another_shape_are_refused_at_the_start(base_dir, sft_dir, tmp_path, settings, found):
     other = tiny.save_adapter(base_dir, tmp_path, **settings)
-    folders = AdapterFolder.open(sft_dir, "lora_model_dir"), AdapterFolder.open(other, "adapter_dir")
     if "target_modules" not in settings:
+        reference = {"strategy": "ema", "adapter_dir": str(other)}
+        config = tiny.dpo_config(
+            base_dir, tmp_path / "out", lora_model_dir=str(sft_dir), dpo_plugin={"reference": reference}
+        )
         with pytest.raises(ConfigError, match=f"must have the same shape: {found}.*Write: adapter_dir"):
-            EmaReference.check_adapters(*folders)
+            host.load_config(config, tmp_path)
     with pytest.raises(ConfigError, match="must have the same shape: .* differs. Write: adapter_dir"):
         ema(base_dir, sft_dir, other)
     fresh = LoraConfig(r=8, lora_alpha=16, target_modules=tiny.PROJECTIONS, task_type="CAUSAL_LM")
