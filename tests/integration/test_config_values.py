@@ -114,10 +114,12 @@ def test_no_name_of_trl_is_a_key_of_the_host():
 
 
 @pytest.mark.parametrize(
-    ("change", "hints"), [({}, 1), ({"val_set_size": 0.1}, 0), ({"test_datasets": entry()["datasets"]}, 0)]
+    ("change", "rank", "hints"),
+    [({}, 0, 1), ({}, 1, 0), ({"val_set_size": 0.1}, 0, 0), ({"test_datasets": entry()["datasets"]}, 0, 0)],
 )
-def test_one_hint_without_held_out_pairs(base_dir, tmp_path, monkeypatch, change, hints):
+def test_one_hint_without_held_out_pairs(base_dir, tmp_path, monkeypatch, change, rank, hints):
     said = []
+    monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setattr("dpo_plugin.host.plugin.LOG.info", said.append)
     host.load_config(dpo_config(base_dir, tmp_path / "out", **change), tmp_path)
     assert len([line for line in said if line.endswith("Write: val_set_size: 0.05")]) == hints

@@ -5,7 +5,10 @@ import shutil
 import pytest
 
 from dpo_plugin.errors import AdapterError
+from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.model import hub
+from tests.support import host
+from tests.support.tiny import dpo_config
 
 
 def cached(root, name, folder):
@@ -22,6 +25,18 @@ def test_a_repository_in_the_cache(sft_dir, tmp_path, monkeypatch):
     found = hub.open_adapter("owner/sft-adapter", "lora_model_dir")
     assert found.path.parent.name == "snapshots"
     assert found.config["r"] == 8
+
+
+@pytest.mark.parametrize("key", ["lora_model_dir", "adapter_dir"])
+def test_a_yaml_names_a_repository(base_dir, sft_dir, tmp_path, monkeypatch, key):
+    cached(tmp_path, "owner/sft-adapter", sft_dir)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    adapters = {"lora_model_dir": str(sft_dir), "adapter_dir": str(sft_dir), key: "owner/sft-adapter"}
+    reference = {"reference": {"adapter_dir": adapters.pop("adapter_dir")}}
+    host.load_config(dpo_config(base_dir, tmp_path / "out", **adapters, dpo_plugin=reference), tmp_path)
+    settings = DPOPlugin.active().run_settings()
+    found = {"lora_model_dir": settings.policy, "adapter_dir": settings.reference}
+    assert {name for name, folder in found.items() if folder.path.parent.name == "snapshots"} == {key}
 
 
 def test_a_folder_comes_first(sft_dir, tmp_path, monkeypatch):
