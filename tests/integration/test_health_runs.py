@@ -34,17 +34,22 @@ def test_a_run_that_learns_has_no_finding_and_figures_by_source(base_dir, sft_di
     monkeypatch.setenv("COMET_API_KEY", "")  # which the host sets from the config
     secrets = {"comet_api_key": "hush-1", "mlflow_tracking_uri": "http://me:hush-2@mlflow.example"}
     with caplog.at_level(logging.WARNING):
-        run = host.train(config(base_dir, sft_dir, tmp_path, **secrets), tmp_path)
+        settings = config(base_dir, sft_dir, tmp_path, **secrets)
+        run = host.train(settings, tmp_path)
     left = [file for file in run.output_dir.rglob("*") if file.is_file() and file.name != "debug.log"]  # the host's
     assert not [file for file in left if b"hush-" in file.read_bytes()]
     assert written(run)["config"]["learning_rate"] == 1e-3
-    assert "group_by_length" not in written(run)["config"], "a default of the host was not set"
+    assert set(written(run)["config"]) <= set(settings), "a default of the host was not set"
     assert written(run)["findings"] == []
     assert written(run)["facts"]["adapter_dtype"] == "float32"
     assert written(run)["facts"]["starts_as_reference"] is True
+    facts = [written(run)["facts"][name] for name in ("base", "policy", "reference", "pairs")]
+    assert facts == [str(base_dir), str(sft_dir), f"adapter {sft_dir}", 40]
+    assert written(run)["facts"]["hardware"].startswith("1 × ")
     assert "health:" not in caplog.text
     page = (run.output_dir / "report.html").read_text()
     assert "Nothing was found that speaks against this run." in page
+    assert 'id="rewards-end"' in page
     logged = [json.loads(line) for line in (run.output_dir / "dpo_log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged if "loss" in line] == list(range(1, 11))
     line = next(line for line in run.lines if "rewards/margins/a" in line)

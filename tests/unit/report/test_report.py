@@ -1,5 +1,7 @@
 """Reading what a run left behind, whole or damaged, and the page that is made of it."""
 
+import base64
+import hashlib
 import html
 import json
 import math
@@ -365,9 +367,19 @@ def test_the_page_needs_no_network(healthy_page: str):
     assert not re.search(r"<link|<img|<iframe|src=\"|@import|url\((?!#)", page)
 
 
+def test_the_pages_own_script_alone_may_run(healthy_page: str):
+    script = re.search(r"<script>(.*?)</script>", healthy_page, flags=re.DOTALL).group(1)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert (
+        f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'\"" in healthy_page
+    )
+
+
 def test_the_page_is_for_phones_and_for_the_dark(healthy_page: str):
     page = healthy_page
     assert 'content="width=device-width' in page
+    assert re.search(r"\.wide\{[^}]*overflow-x:auto", page)  # a table wider than the screen scrolls by itself
+    assert re.search(r"td\{[^}]*overflow-wrap:anywhere", page)
     assert "prefers-color-scheme: dark" in page
     drawn = "".join(re.findall(r"<svg .*?</svg>", page, flags=re.DOTALL))
     assert not re.findall(r"(?:stroke|fill): #(?!000000|ffffff)\w+", drawn)  # every colour is a variable of the page
@@ -428,6 +440,10 @@ SECRETS = {
 def test_settings_that_may_hold_a_secret_are_not_shown(tmp_path: Path):
     assert "hush" not in json.dumps(shown_settings(SECRETS))
     path = folder(tmp_path / "older", config=SECRETS)  # a file from before settings were chosen
+    left = json.loads((path / RUN).read_text(encoding="utf-8"))
+    left["facts"]["base"] = SECRETS["base_model"]
+    (path / RUN).write_text(json.dumps(left), encoding="utf-8")
+    (path / "data_audit.json").write_text(json.dumps({"datasets": SECRETS["datasets"]}), encoding="utf-8")
     page = written([read_run(path)], tmp_path)
     assert "hush" not in page
     assert "hush" not in written([read_run(path), read_run(folder(tmp_path / "b"))], tmp_path)
@@ -672,11 +688,12 @@ def test_runs_are_compared_over_beta_and_seen_where_they_coincide(tmp_path: Path
     row = re.search(r'<th scope="row">margin/β, held out, nats</th>(.*?)</tr>', page).group(1)
     shown = re.findall(r"<td[^>]*>([^<]+)</td>", row)
     assert float(shown[0]) == pytest.approx(10 * runs[0].history["eval_rewards/margins"].values[-1], rel=0.01)
-    chart = next(
-        chart for chart in comparison({"a": runs[0].history, "b": runs[1].history}) if chart.key == "all-loss-loss"
-    )
-    first, second = draw(chart, LIGHT).axes[0].get_lines()[:2]
-    assert first.get_linewidth() > 2 * second.get_linewidth()
+    drawn = {chart.key: chart for chart in comparison({"a": runs[0].history, "b": runs[1].history})}
+    margins = [10 * margin for margin in runs[0].history["rewards/margins"].values]
+    assert list(drawn["all-nats-rewards-margins"].lines[0].series.values) == pytest.approx(margins)
+    for key in ("all-loss-loss", "all-nats-rewards-margins"):
+        first, second = draw(drawn[key], LIGHT).axes[0].get_lines()[:2]
+        assert first.get_linewidth() > 2 * second.get_linewidth()
 
 
 def test_answers_are_one_card_per_prompt_latest_first_with_the_users_turn(tmp_path: Path):
@@ -694,7 +711,7 @@ def test_answers_are_one_card_per_prompt_latest_first_with_the_users_turn(tmp_pa
     places = [page.index(text) for text in ("How? at 20", "How? at 10", "Why? at 20", "Why? at 10")]
     assert places == sorted(places)
     assert "&lt;|user|&gt;" not in page
-    assert "reward 0.123" in page
+    assert page.count("reward 0.123</div>") == 4
 
 
 @pytest.mark.parametrize("name", ["a $x$ b", "$\\frac{1$", "<b>&amp;", "100 %"])
