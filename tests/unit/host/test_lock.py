@@ -42,6 +42,13 @@ def test_other_ranks_share_it(tmp_path, sleeper, monkeypatch):
     assert (tmp_path / ".dpo_plugin.lock").read_bytes() == before
 
 
+def test_a_process_may_take_it_twice_and_gives_it_back_at_its_end(tmp_path):
+    take = "import sys; from pathlib import Path; from dpo_plugin.host.lock import hold; hold(Path(sys.argv[1]));"
+    held = " assert (Path(sys.argv[1]) / '.dpo_plugin.lock').exists(); hold(Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", take + held, str(tmp_path)], check=True)
+    assert not (tmp_path / LOCK).exists()
+
+
 def test_a_lock_of_another_host_is_never_taken_over(tmp_path):
     write(tmp_path, host="elsewhere", pid=2**22 - 1)
     with pytest.raises(ConfigError, match=r"on elsewhere.*delete .*\.dpo_plugin\.lock"):
