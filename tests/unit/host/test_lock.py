@@ -43,7 +43,7 @@ def test_other_ranks_share_it(tmp_path, sleeper, monkeypatch):
 
 
 def test_a_process_may_take_it_twice_and_gives_it_back_at_its_end(tmp_path):
-    take = "import sys; from pathlib import Path; from dpo_plugin.host.lock import hold; hold(Path(sys.argv[1]));"
+    take = "import sys; from pathlib import Path; from dpo_plugin.host.output_dir.lock import hold; hold(Path(sys.argv[1]));"
     held = " assert (Path(sys.argv[1]) / '.dpo_plugin.lock').exists(); hold(Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", take + held, str(tmp_path)], check=True)
     assert not (tmp_path / LOCK).exists()

@@ -35,7 +35,7 @@ def test_a_yaml_names_a_repository(base_dir, sft_dir, tmp_path, monkeypatch, key
     reference = {"reference": {"adapter_dir": adapters.pop("adapter_dir")}}
     host.load_config(dpo_config(base_dir, tmp_path / "out", **adapters, dpo_plugin=reference), tmp_path)
     settings = DPOPlugin.active().run_settings()
-    found = {"lora_model_dir": settings.policy, "adapter_dir": settings.reference}
+    found = {"lora_model_dir": settings.policy, "adapter_dir": settings.reference.adapter}
     assert {name for name, folder in found.items() if folder.path.parent.name == "snapshots"} == {key}
 
 
