@@ -195,9 +195,9 @@ def bare(*paths: Path) -> Any:
     from types import SimpleNamespace
 
     trainer = ours(*paths)
-    nothing = SimpleNamespace(update=lambda _: None, add=lambda *_: None)
-    trainer._means, trainer._throughput = {"train": nothing, "eval": nothing}, nothing
-    trainer._forward_options = replace(trainer._forward_options, entropy=False)
+    trainer.recorder = SimpleNamespace(add=lambda *_: None)
+    step = trainer.preference_step
+    step.forward_options = replace(step.forward_options, entropy=False)
     return trainer
 
 
@@ -276,8 +276,8 @@ def equality(contenders: dict[str, Contender], pairs: list[Pair]) -> dict[str, f
 
 def logged(trainer: Any) -> list[float]:
     """Chosen and rejected log-probs of the step that has just run."""
-    if hasattr(trainer, "_means"):
-        means = trainer._means["train"].result(lambda values: values)
+    if hasattr(trainer, "recorder"):
+        means = trainer.recorder.fields(trainer.model, "", 0, since_start=False)
         return [means["logps/chosen"], means["logps/rejected"]]
     return [trainer._metrics["train"][f"logps/{side}"][-1] for side in ("chosen", "rejected")]
 
@@ -338,10 +338,7 @@ class Logging(Contender):
     def backward(self, pairs: list[Pair]) -> float:
         """A micro-batch, and its figures over all ranks."""
         loss = super().backward(pairs)
-        trainer = self.trainer
-        trainer._means["train"].result(trainer._sum, trainer.accelerator.gather, trainer._gather_object)
-        trainer.adapter_norms()
-        trainer._throughput.result(trainer._sum, trainer.accelerator.device)
+        self.trainer.recorder.fields(self.trainer.model, "", 0, since_start=True)
         return loss
 
 

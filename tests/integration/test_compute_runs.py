@@ -139,7 +139,7 @@ def test_a_fully_trained_model_is_saved_with_an_attention_that_others_know(base_
 def test_ld_alpha_and_f_divergence_reach_the_loss(base_dir, sft_dir, tmp_path, flat):
     section = {"dpo_plugin": {"loss": {"ld_alpha": 0.5, "f_divergence": "forward_kl"}}}
     run = host.train(config(base_dir, sft_dir, tmp_path, **section), tmp_path)
-    assert run.trainer._loss_options.f_divergence == "forward_kl"
+    assert run.trainer.preference_step.loss_options.f_divergence == "forward_kl"
     assert run.lines[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
     rejected, chosen = (curve(run) - curve(flat))[0, 2:]
     assert rejected == 0  # the shorter side of each pair has no tail
@@ -194,7 +194,7 @@ def test_the_root_is_called_once_per_forward(base_dir, sft_dir, tmp_path, monkey
     """Engines gather in the root's hooks, so neither the backbone nor the head may be called beside it."""
     calls = []
     monkeypatch.setattr(
-        "dpo_plugin.host.trainer.run_model", lambda model, *rest: calls.append(model) or run_model(model, *rest)
+        "dpo_plugin.compute.step.run_model", lambda model, *rest: calls.append(model) or run_model(model, *rest)
     )
     run = host.train(config(base_dir, sft_dir, tmp_path, max_steps=1), tmp_path)
     assert all(model is run.trainer.model for model in calls)

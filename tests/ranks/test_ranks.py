@@ -78,7 +78,7 @@ def test_what_is_saved_is_the_policy_adapter_with_pefts_keys(name, run, base_dir
     assert len(loaded) == len(saved)
     for key, value in saved.items():
         assert torch.equal(loaded[key.replace(".weight", ".default.weight")], value.to(torch.float32))
-    assert not list(run.output_dir.glob("model*.safetensors")) + list(run.output_dir.glob("pytorch_model*"))
+    assert not list(run.output_dir.rglob("model*.safetensors")) + list(run.output_dir.rglob("pytorch_model*"))
 
 
 def test_a_resumed_run_in_packs_with_a_kept_reference_goes_on_along_the_curve(

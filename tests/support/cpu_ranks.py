@@ -24,7 +24,7 @@ from axolotl.integrations.base import BasePlugin
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from dpo_plugin.engines.sharded import gathered, whole, whole_policy
+from dpo_plugin.engines.sharded import full_tensor, gather_policy, gathered
 from dpo_plugin.model.adapters import PolicyReferenceModel, adapter_tensors
 from tests.support.tiny import ROOT
 
@@ -136,7 +136,7 @@ class Recorder(LogRecorder):
         self.facts["optimised"] = sorted(names[id(parameter)] for parameter in parameters)
         self.facts["masters"] = sorted({str(master.dtype) for master in masters})
         self.facts["buffers_at_start"] = self._buffers()
-        policy = {name.replace(".default.", "."): value for name, value in whole_policy(self.trainer.model).items()}
+        policy = {name.replace(".default.", "."): value for name, value in gather_policy(self.trainer.model).items()}
         self._write(policy, "policy_at_start", args, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -159,7 +159,7 @@ class Recorder(LogRecorder):
 def whole_reference(model: Any) -> dict[str, Any]:
     """The reference adapter under the keys of its file."""
     with gathered(model.parameters()):
-        return {key: whole(value).clone() for key, value in sorted(adapter_tensors(model, "reference").items())}
+        return {key: full_tensor(value).clone() for key, value in sorted(adapter_tensors(model, "reference").items())}
 
 
 def records(output_dir: str | Path) -> Path:

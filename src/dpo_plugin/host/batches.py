@@ -1,23 +1,42 @@
-"""What the trainer sets up once for its steps: the layout of batches, and how many layers are checkpointed."""
+"""What a trainer is made of: adapters, the models' attention, the layout of batches, and the step."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_plugin.compute import attention
-from dpo_plugin.compute.batching import PairCollator, row_name
-from dpo_plugin.compute.checkpointing import layers_to_checkpoint, saved_bytes_per_token
+from dpo_plugin.compute.batching import PairCollator, find_row, row_name, sequences
+from dpo_plugin.compute.lm_head import ForwardOptions
 from dpo_plugin.compute.logps import PLAIN_LM_HEADS
+from dpo_plugin.compute.losses import LossOptions
+from dpo_plugin.compute.step import PreferenceStep
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.settings import RunSettings
+from dpo_plugin.host.workarounds import keep_nf4_as_packed
+from dpo_plugin.metrics.pair import needed_by
+from dpo_plugin.model.adapters import attach
+from dpo_plugin.model.finite import weights_not_finite
+from dpo_plugin.registry import get_registry
+from dpo_plugin.types import PairBatch
+
+
+def attach_adapters(settings: RunSettings, base: nn.Module, peft_config: Any, seed: int) -> nn.Module:
+    """Attach policy and reference adapter to the base, or give it as it is in full fine-tuning."""
+    adapter = settings.policy or peft_config  # axolotl evaluate passes no peft_config
+    if adapter is None:
+        return base
+    set_seed(seed)  # a fresh LoRA is the same on all ranks, however much each has drawn before
+    model = attach(base, adapter, settings.reference.adapter)
+    model.name_base(str(model.config.name_or_path), settings.revision)
+    return model
 
 
 def shares_prefixes(settings: RunSettings, base: Any) -> bool:
@@ -38,9 +57,7 @@ def shares_prefixes(settings: RunSettings, base: Any) -> bool:
 
 def prepare_models(flat: bool, *models: Any) -> None:
     """Set the attention of the flat layout, and say where the head cannot score tokens itself."""
-    for model in models:
-        if model is None:
-            continue
+    for model in filter(None, models):
         keep_nf4_as_packed(model)
         if flat:
             attention.register()
@@ -52,20 +69,8 @@ def prepare_models(flat: bool, *models: Any) -> None:
             )
 
 
-def keep_nf4_as_packed(model: nn.Module) -> None:
-    """Let an evaluation leave 4-bit weights as training needs them.
-
-    On CPUs with AVX512-BF16, bitsandbytes 0.50.2 packs them anew for inference (nn/modules.py:613), and the next
-    training step fails: "a view of a leaf Variable that requires grad is being used in an in-place operation".
-    tests/integration/test_compute_runs.py evaluates a 4-bit run between its steps.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
 def make_collator(settings: RunSettings, kwargs: dict[str, Any], flat: bool) -> PairCollator:
-    """Our collator, which keeps sources and row keys, in place of TRL's or of the host's.
+    """Our collator, which keeps sources and row hashes, in place of TRL's or of the host's.
 
     The host's, for ``pad_to_multiple_of``, looks for ``*_input_ids``, which TRL 1.9 no longer makes
     (axolotl 0.19, utils/collators/dpo.py); tests/integration/test_data_runs.py holds the key.
@@ -75,17 +80,51 @@ def make_collator(settings: RunSettings, kwargs: dict[str, Any], flat: bool) -> 
     return PairCollator(pad, multiple, flat, settings.config.compute.max_tokens)
 
 
-def check_lengths(collator: PairCollator, datasets: Any) -> None:
-    """Raise if a pair of the data is longer than ``compute.max_tokens``.
+def make_step(trainer: Any) -> PreferenceStep:
+    """The step of a `PreferenceTrainer` whose reference is set up."""
+    config, args = trainer.settings.config, trainer.args
+    names, losses = trainer.loss_types, get_registry().losses
+    weights = args.loss_weights or [1.0] * len(names)
+    checked = trainer.reference.strategy.equals_policy_at_start() and args.disable_dropout
+    return PreferenceStep(
+        reference=trainer.reference,
+        losses={name: (losses.find(name, "dpo_loss_type"), w) for name, w in zip(names, weights, strict=True)},
+        loss_options=LossOptions(
+            beta=trainer.beta,
+            label_smoothing=trainer.label_smoothing or 0.0,
+            discopop_tau=config.loss.discopop_tau,
+            f_divergence=config.loss.f_divergence,
+            f_alpha=config.loss.f_alpha,
+        ),
+        forward_options=ForwardOptions(
+            wpo=bool(trainer.use_weighting),
+            ld_alpha=config.loss.ld_alpha,
+            entropy="entropy" in needed_by(trainer.settings.metrics.values()),
+            chunk=config.compute.logits_chunk,
+        ),
+        layers=checkpointed_layers(trainer.model),
+        locate=partial(_locate_pair, trainer),
+        step_zero_dtype=trainer.settings.engine.dtype if checked else None,
+    )
 
-    Raises:
-        DataError: Naming the row.
-    """
-    if collator.max_tokens is None:
-        return
-    for name, data in datasets:
-        for number, row in enumerate(data):
-            collator.check_fits(row, f"{row_name(row, number)} of the {name} data")
+
+def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that gradient checkpointing can be switched on for."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _locate_pair(trainer: Any, batch: PairBatch, pair: int) -> str:
+    """Step, row and source of a pair whose log-probability is not finite, what it comes from, and what to write."""
+    found = ((name, find_row(data, batch.row_hashes[pair])) for name, data in named_datasets(trainer))
+    row = next((f"{row} of the {name} data" for name, row in found if row), "a pair")
+    cause = weights_not_finite(trainer.model, trainer.ref_model) or (
+        "Look at that row with `axolotl dpo preview`; if it is as it should be, the model overflows. Write: "
+        "bf16: true, or a smaller learning_rate"
+    )
+    return f"at step {trainer.state.global_step}, for {row}, source {batch.sources[pair]!r}. {cause}"
+
+
+# ── data ──
 
 
 def named_datasets(trainer: Any) -> Iterator[tuple[str, Any]]:
@@ -99,55 +138,22 @@ def named_datasets(trainer: Any) -> Iterator[tuple[str, Any]]:
         yield "evaluation", evaluation
 
 
-class CheckpointLayers(TrainerCallback):  # type: ignore[misc]
-    """Checkpoints as many decoder layers as ``compute.checkpoint_layers`` says, before the first step.
+def check_lengths(trainer: Any) -> None:
+    """Check that no pair of the data is longer than ``compute.max_tokens``.
 
-    Args:
-        trainer: The `PreferenceTrainer`.
-        wanted: Number of layers, or "auto".
+    Raises:
+        DataError: Naming the row.
     """
+    collator: PairCollator = trainer.data_collator
+    if collator.max_tokens is None:
+        return
+    for name, data in named_datasets(trainer):
+        for number, row in enumerate(data):
+            collator.check_fits(row, f"{row_name(row, number)} of the {name} data")
 
-    def __init__(self, trainer: Any, wanted: int | str):
-        self.trainer = trainer
-        self.wanted = wanted
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Switch checkpointing off on the last layers, which are the first to be run backwards."""
-        layers = [m for m in self.trainer.model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        count = self._auto(layers) if self.wanted == "auto" else min(int(self.wanted), len(layers))
-        if count is None:
-            kind = type(layers[0]).__name__ if layers else "model"
-            LOG.info(
-                f"dpo_plugin: all layers are checkpointed; what a {kind} keeps or the free memory is not known here"
-            )
-            return
-        for number, layer in enumerate(layers):
-            layer.gradient_checkpointing = number < count
-        LOG.info(f"dpo_plugin: {count} of {len(layers)} layers are checkpointed")
-
-    def _auto(self, layers: list[nn.Module]) -> int | None:
-        trainer = self.trainer
-        device = trainer.accelerator.device
-        whole = all(p.numel() and not hasattr(p, "device_mesh") for p in trainer.model.parameters())
-        if device.type != "cuda" or not whole or not layers:
-            return None
-        per_token = saved_bytes_per_token(layers[-1], trainer.model.config, device)
-        if per_token is None:
-            return None
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        states = 3 * 4 * trained  # the gradient and AdamW's two moments in fp32
-        return layers_to_checkpoint(
-            layers=len(layers),
-            tokens=self._longest(),
-            bytes_per_token=per_token,
-            free=free - states,
-        )
-
-    def _longest(self) -> int:
-        data = self.trainer.train_dataset
-        collator: PairCollator = self.trainer.data_collator
-        longest: int = max(collator.tokens([row]) for row in data)
-        most = longest * int(self.trainer.args.per_device_train_batch_size)
-        return min(most, collator.max_tokens or most)
+def longest_row(trainer: Any) -> int:
+    """Tokens of the longest row of any data set, padding included."""
+    rows = (ids for _, data in named_datasets(trainer) for row in data for ids in sequences(row))
+    multiple = trainer.data_collator.pad_to_multiple_of or 1
+    return -(-max(map(len, rows), default=0) // multiple) * multiple

@@ -1,6 +1,7 @@
-"""The log, under the host's configuration, and what does not belong in it."""
+"""The log, under the host's configuration; only the main process writes to it."""
 
-import warnings
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,17 +9,6 @@ from pathlib import Path
 from axolotl.utils.logging import get_logger
 
 LOG = get_logger("axolotl.dpo_plugin")
-
-
-def ignore_deprecated_collectives() -> None:
-    """Leave out torch 2.13's FutureWarnings of `all_gather_into_tensor` and `reduce_scatter_tensor`.
-
-    DeepSpeed 0.19 and FSDP2 call them, so they come with every gather, and nobody who trains can change that.
-    tests/ranks/test_ranks.py counts them in the output of two ranks.
-    """
-    deprecated = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
-    warnings.filterwarnings("ignore", deprecated, FutureWarning)
-
 
 _UNWRITTEN: set[Path] = set()
 

@@ -19,9 +19,10 @@ from dpo_plugin.host import datasets as host_datasets
 from dpo_plugin.host import excepthook
 from dpo_plugin.host.command import intended_rl, leave_out_engine, running_command, use_trained_adapter
 from dpo_plugin.host.commands.merge_lora import complete_merges
-from dpo_plugin.host.log import LOG, ignore_deprecated_collectives
+from dpo_plugin.host.log import LOG
 from dpo_plugin.host.output_dir.lock import hold, release
 from dpo_plugin.host.settings import RunSettings, read_settings
+from dpo_plugin.host.workarounds import accept_fsdp2_with_nf4, ignore_deprecated_collectives
 from dpo_plugin.host.yaml_keys import typed
 from dpo_plugin.model.adapters import AdapterFolder, PolicyReferenceModel
 from dpo_plugin.report.shown import shown_settings
@@ -86,7 +87,7 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         elif not (raw.get("test_datasets") or raw.get("val_set_size")) and os.environ.get("RANK", "0") == "0":
             LOG.info("dpo_plugin: no pairs are held out, so overfitting cannot be seen. Write: val_set_size: 0.05")
         check_host_memory(raw, self.settings)
-        accept_fsdp2_with_nf4(cfg, self.settings)
+        accept_fsdp2_with_nf4(cfg, self.settings.engine)
         cfg["trainer_cls"] = TRAINER
 
     def get_input_args(self) -> str:
@@ -155,20 +156,6 @@ def settings_for_evaluation(cfg: Any, settings: RunSettings) -> RunSettings:
 
             setattr(module, "load_preference_datasets", load)  # noqa: B010
     return settings
-
-
-def accept_fsdp2_with_nf4(cfg: Any, settings: RunSettings) -> None:
-    """Let a 4-bit base be trained by DPO under FSDP2, which axolotl 0.19 refuses although it runs.
-
-    The refusal (utils/schemas/validation.py:1178) compares the version with the number 2; everything behind it takes
-    "2" as well, and the schema makes it a number again.
-
-    Args:
-        cfg: The raw config; its ``fsdp_version`` is changed for exactly this combination.
-        settings: What was read from it.
-    """
-    if settings.engine.fsdp and cfg.get("load_in_4bit") and cfg.get("adapter") == "qlora":
-        cfg["fsdp_version"] = "2"
 
 
 def check_host_memory(cfg: Mapping[str, Any], settings: RunSettings) -> None:

@@ -1,60 +1,82 @@
-"""The trainer's side of metrics: what is added to a log line, over all ranks."""
+"""What is added to a log line, over all ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
+from dpo_plugin.engines.ranks import gather_object
 from dpo_plugin.metrics.adapter_norms import AdapterNorms
 from dpo_plugin.metrics.aggregates import MetricMeans
 from dpo_plugin.metrics.pair import PreferenceMetric
 from dpo_plugin.metrics.throughput import Throughput
+from dpo_plugin.types import PairBatch, PairLogps
 
 SHOWN_PAIRS = 500
 """Most pairs whose rewards the report draws."""
 
 
 class MetricRecorder:
-    """Mixin for the trainer; its ``_means`` and ``_throughput`` are updated by each forward."""
+    """Collects the metrics of forwards and gives those of a log line.
 
-    accelerator: Any
-    is_in_train: bool
-    model: Any
-    state: Any
-    _adapter_norms: AdapterNorms
+    Args:
+        accelerator: Reduces and gathers over ranks.
+        metrics: Name → metric.
+        owner: Name of a metric → who registered it, for errors.
+        adapter_norms: Knows the adapter as it was attached.
+        starts_as_reference: Whether policy and reference have the same weights before the first step.
+    """
 
-    def _set_up_metrics(
-        self, metrics: Mapping[str, PreferenceMetric], owner: Callable[[str], str], starts_as_reference: bool
-    ) -> None:
+    def __init__(
+        self,
+        accelerator: Any,
+        metrics: Mapping[str, PreferenceMetric],
+        owner: Callable[[str], str],
+        adapter_norms: AdapterNorms,
+        starts_as_reference: bool,
+    ):
+        self._accelerator = accelerator
         self._means = {mode: MetricMeans(metrics, owner, starts_as_reference) for mode in ("train", "eval")}
+        self._adapter_norms = adapter_norms
         self._throughput = Throughput()
-        self._eval_prefix = "eval"
         self._rewards: dict[str, dict[str, tuple[int, Tensor]]] = {}
 
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Evaluate, with our metrics under the prefix that is asked for."""
-        self._eval_prefix = metric_key_prefix
-        metrics: dict[str, float] = super().evaluate(  # type: ignore[misc]
-            *args, metric_key_prefix=metric_key_prefix, **kwargs
-        )
-        return metrics
+    def add(self, logps: PairLogps, batch: PairBatch, fresh: bool, training: bool) -> None:
+        """Add a batch.
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add our metrics, averaged over all pairs of all ranks since the last line."""
-        mode = "train" if self.model.training else "eval"
-        prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
-        trained = self.is_in_train or self.state.global_step > 0
-        found = self._means[mode].result(self._gather_object, since_start=trained)
-        if mode == "train" and found:
-            found |= self.adapter_norms() | self._throughput.result(self._sum, self.accelerator.device)
-        if found:
-            now = self.state.global_step, self._means[mode].rewards
-            self._rewards.setdefault(prefix, {"start": now})["end"] = now
-        logs.update({f"{prefix}{name}": value for name, value in found.items()})
-        super().log(logs, start_time)  # type: ignore[misc]
+        Args:
+            logps: The pairs that count.
+            batch: What was forwarded.
+            fresh: Whether the reference was run for it.
+            training: Whether it was trained on, rather than evaluated.
+        """
+        self._means["train" if training else "eval"].update(logps)
+        if training:
+            self._throughput.add(batch, fresh)
+
+    def fields(self, model: nn.Module, prefix: str, step: int, since_start: bool) -> dict[str, float]:
+        """Average metrics over all pairs of all ranks since the last line; every rank must call it.
+
+        Args:
+            model: The model as the engine holds it; in eval mode, the line is of an evaluation.
+            prefix: Put before each name.
+            step: Optimizer steps done.
+            since_start: Whether there is a step 0 to measure from; an evaluation without training has none.
+
+        Returns:
+            Name → value; empty if no rank has seen a pair.
+        """
+        means = self._means["train" if model.training else "eval"]
+        found = means.result(gather_object, since_start)
+        if not found:
+            return {}
+        if model.training:
+            found |= self.adapter_norms(model) | self._throughput.result(self._sum, self._accelerator.device)
+        now = step, means.rewards
+        self._rewards.setdefault(prefix, {"start": now})["end"] = now
+        return {f"{prefix}{name}": value for name, value in found.items()}
 
     def reward_course(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Prefix of the log's fields → ``start`` and ``end`` → the step, and rewards of at most `SHOWN_PAIRS` pairs."""
@@ -63,9 +85,9 @@ class MetricRecorder:
             for prefix, course in self._rewards.items()
         }
 
-    def adapter_norms(self) -> dict[str, float]:
-        """How far the trained weights have gone, and how many moved; every rank must call it."""
-        return self._adapter_norms.figures(self.model, self._sum, self.accelerator.process_index)
+    def adapter_norms(self, model: nn.Module) -> dict[str, float]:
+        """Measure how far the trained weights have gone, and how many moved; every rank must call it."""
+        return self._adapter_norms.figures(model, self._sum, self._accelerator.process_index)
 
     def trained_dtype(self) -> str | None:
         """Dtype in which the optimizer updates most of the weights; known from the first `adapter_norms` on."""
@@ -81,11 +103,8 @@ class MetricRecorder:
                 self._means[mode].start = (start[prefix + names[0]], start[prefix + names[1]])
 
     def _sum(self, values: Tensor) -> Tensor:
-        total: Tensor = self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
+        total: Tensor = self._accelerator.reduce(values.to(self._accelerator.device), reduction="sum")
         return total
-
-    def _gather_object(self, value: Any) -> list[Any]:
-        return list(gather_object([value]))
 
 
 def _columns(rewards: Tensor) -> dict[str, list[float]]:

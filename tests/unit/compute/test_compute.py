@@ -17,7 +17,7 @@ from dpo_plugin.compute.checkpointing import layers_to_checkpoint, saved_bytes_p
 from dpo_plugin.compute.lm_head import ForwardOptions
 from dpo_plugin.compute.logps import completion_logps, run_model
 from dpo_plugin.errors import DataError
-from dpo_plugin.host import batches as engine
+from dpo_plugin.host.callbacks import checkpoint_layers
 from dpo_plugin.model.adapters import attach
 from tests.support import tiny
 
@@ -321,10 +321,10 @@ def test_all_layers_are_checkpointed_where_none_can_be_measured(monkeypatch, cap
     for name in ("memory_reserved", "memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda _: 0)
     monkeypatch.setattr(
-        engine, "saved_bytes_per_token", lambda layer, config, _: saved_bytes_per_token(layer, config, "cpu")
+        checkpoint_layers, "saved_bytes_per_token", lambda layer, config, _: saved_bytes_per_token(layer, config, "cpu")
     )
     with caplog.at_level(logging.INFO):
-        engine.CheckpointLayers(trainer, "auto").on_train_begin(None, None, None)
+        checkpoint_layers.CheckpointLayers(trainer, "auto").on_train_begin(None, None, None)
     assert all(layer.gradient_checkpointing for layer in layers)
     assert "all layers are checkpointed" in caplog.text
     assert "PhiDecoderLayer" in caplog.text

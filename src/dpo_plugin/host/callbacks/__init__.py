@@ -1,0 +1,61 @@
+"""What happens in a run at its steps, and what of the trainer it may use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from dpo_plugin.compute.batching import PairCollator
+    from dpo_plugin.compute.step import PreferenceStep
+    from dpo_plugin.host.output_dir.checkpoints import Origin
+    from dpo_plugin.host.settings import RunSettings
+    from dpo_plugin.metrics.recorder import MetricRecorder
+    from dpo_plugin.model.buffers import ComputedBuffers
+    from dpo_plugin.model.cached_reference import CachedReference
+
+
+class RunningTrainer(Protocol):
+    """The part of `PreferenceTrainer` that callbacks and commands use.
+
+    Attributes:
+        settings: The run's settings.
+        reference: The reference behind its cache.
+        preference_step: From a batch to the loss.
+        recorder: What is added to a log line.
+        computed_buffers: Of policy and second model.
+        origin: What the run trains with.
+        beta: β.
+
+    The others are those of transformers' trainer.
+    """
+
+    settings: RunSettings
+    reference: CachedReference
+    preference_step: PreferenceStep
+    recorder: MetricRecorder
+    computed_buffers: Sequence[ComputedBuffers]
+    origin: Origin
+    beta: float
+    args: Any
+    state: Any
+    accelerator: Any
+    model: Any
+    train_dataset: Any
+    eval_dataset: Any
+    data_collator: PairCollator
+    processing_class: Any
+    callback_handler: Any
+    is_fsdp_enabled: bool
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this process writes the files of the run."""
+
+    def cache_reference(self, inputs: dict[str, Any]) -> None:
+        """Compute and cache the reference's log-probs of a collated micro-batch."""
+
+    def get_train_dataloader(self) -> Any:
+        """Batches of the training data."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Batches of evaluation data."""

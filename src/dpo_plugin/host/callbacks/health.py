@@ -14,6 +14,7 @@ from dpo_plugin.config import Action
 from dpo_plugin.errors import HealthError
 from dpo_plugin.health.history import History
 from dpo_plugin.health.monitor import HealthCheck, HealthMonitor, in_order
+from dpo_plugin.host.callbacks import RunningTrainer
 from dpo_plugin.host.log import LOG, may_fail
 from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.metrics.adapter_norms import whole_size
@@ -31,12 +32,12 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
     """Runs the health checks at each logging step and says what they find once; keeps log and findings on disk.
 
     Args:
-        trainer: The `PreferenceTrainer`.
+        trainer: The trainer.
         checks: Name → check and its action.
         report: Whether the report is written at the end.
     """
 
-    def __init__(self, trainer: Any, checks: Mapping[str, tuple[HealthCheck, Action]], report: bool):
+    def __init__(self, trainer: RunningTrainer, checks: Mapping[str, tuple[HealthCheck, Action]], report: bool):
         self.trainer = trainer
         self.checks = checks
         self.report = report
@@ -89,8 +90,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
 
     def _act(self, found: list[Finding]) -> None:
         for finding in found:
-            if self.trainer.is_world_process_zero():
-                LOG.warning(f"dpo_plugin: {finding.text()}")
+            LOG.warning(f"dpo_plugin: {finding.text()}")
         stopping = [finding for finding in found if self.checks[finding.check][1] == "stop"]
         if stopping:
             self._finish()
@@ -112,7 +112,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
     def _finish(self) -> None:
         """Write the findings and the report; that it fails must not cost a run that has ended well."""
         findings = [finding.to_dict() for finding in self.findings]
-        self._write(findings=findings, rewards=self.trainer.reward_course())
+        self._write(findings=findings, rewards=self.trainer.recorder.reward_course())
         if not self.report or not self.trainer.is_world_process_zero():
             return
         from dpo_plugin.report.report import write_report
@@ -124,16 +124,16 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
             LOG.warning(f"dpo_plugin: no report was written: {type(error).__name__}: {error}")
 
 
-def run_facts(trainer: Any) -> RunFacts:
-    """What is known of a `PreferenceTrainer`'s run before its first step."""
+def run_facts(trainer: RunningTrainer) -> RunFacts:
+    """What is known of a run before its first step."""
     model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
-    strategy, settings = trainer.reference.strategy, trainer._settings
+    strategy, settings = trainer.reference.strategy, trainer.settings
     lora = model.peft_config[POLICY] if isinstance(model, PolicyReferenceModel) else None
     return RunFacts(
         beta=trainer.beta,
         learning_rate=args.learning_rate,
-        losses=tuple(trainer._losses),
-        adapter_dtype=trainer.trained_dtype(),
+        losses=tuple(trainer.preference_step.losses),
+        adapter_dtype=trainer.recorder.trained_dtype(),
         lora_r=getattr(lora, "r", None),
         trainable_share=_trainable_share(model),
         sequence_len=args.max_length,

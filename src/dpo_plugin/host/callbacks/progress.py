@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: bars with pairs per second and time left, and one short line per log step."""
+"""What a person sees: what is trained, bars with pairs per second and time left, and one short line per log step."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import ProgressCallback
 
 from dpo_plugin.host.log import LOG
 from dpo_plugin.metrics.log_line import duration, summary
+from dpo_plugin.model.adapters import PolicyReferenceModel
 
 
 class Progress(ProgressCallback):  # type: ignore[misc]
@@ -84,3 +85,22 @@ def _amount(args: Any, state: Any, loader: Any) -> str:
     pairs = f"{len(loader.dataset):,} pairs; " if loader is not None else ""
     resumed = f", from step {state.global_step}" if state.global_step else ""
     return f"{pairs}{micro * accumulation * ranks} pairs a step ({made}); {state.max_steps} steps{resumed}"
+
+
+def log_setup(trainer: Any) -> None:
+    """Say what a `PreferenceTrainer` trains, against which reference, and what it has found in the cache."""
+    settings = trainer.settings
+    fresh = "a fresh LoRA" if isinstance(trainer.model, PolicyReferenceModel) else "the base model"
+    start = settings.policy.path if settings.policy else fresh
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    losses = ", ".join(trainer.preference_step.losses)
+    LOG.info(
+        f"dpo_plugin: policy starts from {start}, {trainable:,} trainable parameters; "
+        f"reference: {settings.reference}; loss: {losses}, beta {trainer.beta}"
+    )
+    if trainer.ref_model is not None:
+        size = sum(p.numel() * p.element_size() for p in trainer.ref_model.parameters()) / 2**30
+        LOG.info(f"dpo_plugin: the second model that is the reference takes {size:.2f} GiB")
+    if (cache := trainer.reference.cache) is not None:
+        damaged = f", {cache.damaged} damaged records left out" if cache.damaged else ""
+        LOG.info(f"dpo_plugin: {len(cache)} reference log-probs found in {cache.folder}{damaged}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from dpo_plugin.engines.ranks import check_ranks_agree, facts_of
+from dpo_plugin.engines.ranks import check_ranks_agree
+from dpo_plugin.host.batches import named_datasets
+from dpo_plugin.host.callbacks import RunningTrainer
 from dpo_plugin.host.log import LOG
 
 
@@ -15,44 +18,36 @@ class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
     """Fills, flushes and re-reads the cache of reference log-probs, and moves a reference that moves.
 
     Args:
-        trainer: The `PreferenceTrainer`.
+        trainer: The trainer.
     """
 
-    def __init__(self, trainer: Any):
+    def __init__(self, trainer: RunningTrainer):
         self.trainer = trainer
         self._told = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """See that ranks agree; with ``precompute_ref_log_probs``, run the reference over all rows not kept yet."""
-        check_ranks_agree(facts_of(self.trainer))
-        for kept in self.trainer._computed_buffers:
-            kept.restore()
-            kept.check()
-        self.trainer.adapter_norms()
-        self.trainer.remember_start(state.log_history)
-        if not args.precompute_ref_log_probs or self.trainer.reference.cache is None:
+        """Check that ranks agree; with ``precompute_ref_log_probs``, run the reference over all rows not cached yet."""
+        trainer = self.trainer
+        check_ranks_agree(_facts(trainer))
+        for buffers in trainer.computed_buffers:
+            buffers.restore()
+            buffers.check()
+        trainer.recorder.adapter_norms(trainer.model)
+        trainer.recorder.remember_start(state.log_history)
+        if not args.precompute_ref_log_probs or trainer.reference.cache is None:
             return
-        evaluation = self.trainer.eval_dataset
-        sets = [self.trainer.train_dataset, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
-        training = self.trainer.model.training
-        self.trainer.model.eval()
-        for data in sets:
-            if data is not None:
-                self._fill(data)
-        self.trainer.model.train(training)
+        training = trainer.model.training
+        trainer.model.eval()
+        for _name, data in named_datasets(trainer):
+            self._fill(data)
+        trainer.model.train(training)
         self._share()
 
     def _fill(self, data: Any) -> None:
-        trainer = self.trainer
-        loader = trainer.get_eval_dataloader(data)
-        bar = tqdm(
-            loader,
-            desc="Reference log-probs",
-            unit="batch",
-            disable=True if not trainer.accelerator.is_main_process else None,
-        )
-        for inputs in bar:
-            trainer.reference_logps(trainer.model_wrapped, trainer._prepare_inputs(inputs))
+        loader = self.trainer.get_eval_dataloader(data)
+        silent = None if self.trainer.accelerator.is_main_process else True  # None: where the output is no terminal
+        for inputs in tqdm(loader, desc="Reference log-probs", unit="batch", disable=silent):
+            self.trainer.cache_reference(inputs)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take over what other ranks have computed in the epoch before."""
@@ -87,3 +82,18 @@ class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
         if cache.failure and not self._told:
             self._told = True
             LOG.warning(f"dpo_plugin: training goes on, but reference log-probs are not kept on disk: {cache.failure}")
+
+
+def _facts(trainer: RunningTrainer) -> dict[str, Any]:
+    """What must be equal on every rank before the first step."""
+    digests = getattr(trainer.accelerator.unwrap_model(trainer.model), "digests", {})
+    losses = trainer.preference_step.losses
+    return {
+        "dpo_plugin's version": importlib.metadata.version("dpo-plugin"),
+        "number of micro-steps per epoch": len(trainer.get_train_dataloader()),
+        "adapters": ", ".join(f"{name} {digest[:12]}" for name, digest in sorted(digests.items())) or "none",
+        "reference": trainer.reference.strategy.identity(),
+        "cached reference log-probs": trainer.reference.cache is not None,
+        "layout of batches": repr(trainer.data_collator),
+        "loss": ", ".join(f"{name} × {weight:g}" for name, (_, weight) in losses.items()),
+    }

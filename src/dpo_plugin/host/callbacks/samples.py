@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 from dpo_plugin.config import SamplesConfig
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.host.batches import named_datasets
+from dpo_plugin.host.callbacks import RunningTrainer
 from dpo_plugin.host.log import may_fail
 from dpo_plugin.host.prompts import KEY, check_rendered_as_trained, refusal, render_prompt
 from dpo_plugin.host.templates import renderer_of
@@ -33,20 +34,20 @@ from dpo_plugin.samples.records import (
 FILE = "samples.jsonl"
 
 
-def prompt_ids(trainer: Any, settings: SamplesConfig, datasets: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+def prompt_ids(trainer: RunningTrainer, settings: SamplesConfig) -> list[list[int]]:
     """Token ids of the prompts that a config asks for.
 
     Args:
-        trainer: The `PreferenceTrainer`.
+        trainer: The trainer.
         settings: The section ``samples``.
-        datasets: The ``datasets`` entries as written.
 
     Raises:
         ConfigError: If a prompt cannot be rendered, or there is no evaluation data.
     """
+    datasets = trainer.settings.datasets
     if settings.prompts != "eval":
         found = read_prompts(settings.prompts, KEY)
-        renderer = renderer_of(trainer._settings.template, datasets[0], trainer.processing_class, True)
+        renderer = renderer_of(trainer.settings.template, datasets[0], trainer.processing_class, True)
         plain = datasets[0].get("type") == "dpo_plugin.text"
         if not (plain and all(isinstance(prompt, str) for prompt in found)):
             check_rendered_as_trained(islice(trainer.train_dataset, 8), renderer, settings.prompts)
@@ -58,7 +59,7 @@ def prompt_ids(trainer: Any, settings: SamplesConfig, datasets: Sequence[Mapping
     return prompts
 
 
-def make_sampler(trainer: Any, settings: SamplesConfig, seed: int) -> Sampler:
+def make_sampler(trainer: RunningTrainer, settings: SamplesConfig, seed: int) -> Sampler:
     """A sampler on a trainer's policy and reference."""
     tokenizer = trainer.processing_class
     options = AnswerOptions(
@@ -68,11 +69,11 @@ def make_sampler(trainer: Any, settings: SamplesConfig, seed: int) -> Sampler:
         temperature=settings.temperature,
         seed=seed,
     )
-    flat, chunk = trainer.data_collator.flat, trainer._settings.config.compute.logits_chunk
+    flat, chunk = trainer.data_collator.flat, trainer.settings.config.compute.logits_chunk
     return Sampler(trainer.reference.strategy, tokenizer, options, trainer.beta, flat, chunk)
 
 
-def _stop_ids(trainer: Any) -> tuple[int, ...]:
+def _stop_ids(trainer: RunningTrainer) -> tuple[int, ...]:
     """What ends an answer: the tokenizer's and the model's end tokens, and what ends the answers of the data."""
     own = getattr(trainer.model.generation_config, "eos_token_id", None)
     found = {trainer.processing_class.eos_token_id, *(own if isinstance(own, list) else [own])}
@@ -90,11 +91,11 @@ class SamplesCallback(TrainerCallback):  # type: ignore[misc]
     The main process does it alone, on the unwrapped model; other ranks wait in their next exchange.
 
     Args:
-        trainer: The `PreferenceTrainer`.
+        trainer: The trainer.
         settings: The section ``samples``.
     """
 
-    def __init__(self, trainer: Any, settings: SamplesConfig):
+    def __init__(self, trainer: RunningTrainer, settings: SamplesConfig):
         self.trainer = trainer
         self.settings = settings
         self._prompts: list[list[int]] = []
@@ -106,7 +107,7 @@ class SamplesCallback(TrainerCallback):  # type: ignore[misc]
         if trainer.is_fsdp_enabled:  # by accelerate's own settings; the YAML's are refused before weights are read
             raise refusal("FSDP")
         self._last = state.global_step
-        self._prompts = prompt_ids(trainer, self.settings, trainer._settings.datasets)
+        self._prompts = prompt_ids(trainer, self.settings)
         if state.is_world_process_zero:
             with may_fail(Path(args.output_dir) / SAMPLES):
                 keep_until(Path(args.output_dir) / SAMPLES, state.global_step)

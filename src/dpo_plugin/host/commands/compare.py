@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from axolotl.cli.config import gpu_capabilities, plugin_set_cfg, prepare_plugins
 from axolotl.common.datasets import TrainDatasetMeta, load_preference_datasets
 from axolotl.integrations.base import PluginManager
@@ -18,21 +16,18 @@ from axolotl.train import setup_model_and_tokenizer, setup_reference_model
 from axolotl.utils.config import normalize_cfg_datasets, normalize_config, validate_config
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.trainer import setup_trainer
-from safetensors.torch import load_file
 
-from dpo_plugin.compute.batching import to_pair_batch
-from dpo_plugin.compute.logps import pair_logps
 from dpo_plugin.errors import CheckpointError, ConfigError
 from dpo_plugin.host import datasets as host_datasets
+from dpo_plugin.host.callbacks.progress import Progress
 from dpo_plugin.host.callbacks.samples import make_sampler, prompt_ids
 from dpo_plugin.host.command import ENGINE_KEYS
 from dpo_plugin.host.commands import config_file as configs
 from dpo_plugin.host.output_dir.checkpoints import read_marker
-from dpo_plugin.host.output_dir.resume import REFERENCE_STATE
+from dpo_plugin.host.output_dir.resume import REFERENCE_STATE, load_reference
 from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.settings import RunSettings
 from dpo_plugin.host.yaml_keys import read_yaml
-from dpo_plugin.metrics.pair import accuracy, margin
 from dpo_plugin.model.adapters import AdapterFolder
 from dpo_plugin.model.references import ReferenceStrategy
 from dpo_plugin.samples.records import Sample, read_prompts, samples_table
@@ -196,9 +191,8 @@ def _trainer(cfg: Any, settings: RunSettings, folder: Path) -> Any:
         model_ref=setup_reference_model(cfg, tokenizer, processor),
         peft_config=peft_config,
     )
-    state = folder / REFERENCE_STATE
-    if state.is_file():
-        trainer.reference.strategy.load_state(load_file(state))
+    load_reference(trainer.reference.strategy, folder)
+    trainer.remove_callback(Progress)  # its line does not belong in what is printed
     trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # places it, as `Trainer.evaluate` does
     trainer.model.eval()
     return trainer
@@ -214,10 +208,10 @@ def _datasets(cfg: Any, settings: RunSettings) -> TrainDatasetMeta:
 def _measure(trainer: Any, settings: RunSettings, folder: Path) -> Comparison:
     samples = settings.config.samples
     assert samples is not None
-    prompts = prompt_ids(trainer, samples, settings.datasets)
+    prompts = prompt_ids(trainer, samples)
     with trainer.accelerator.autocast():
         answers = make_sampler(trainer, samples, trainer.args.seed)(trainer.model, prompts)
-        found = held_out(trainer) if trainer.eval_dataset is not None else {}
+    found = held_out(trainer.evaluate()) if trainer.eval_dataset is not None else {}
     facts = trainer.origin.reference
     return Comparison(
         policy=str(folder),
@@ -237,23 +231,19 @@ def _note(folder: Path, facts: Mapping[str, str]) -> str | None:
     return f"note: the policy was trained against another reference: {' '.join(made_with.values())}"
 
 
-@torch.no_grad()
-def held_out(trainer: Any) -> dict[str, Figures]:
-    """Figures of the trainer's evaluation pairs: under "" of all, and by source if there are several."""
-    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for inputs in trainer.get_eval_dataloader():
-        for pack in inputs.get("packs", [inputs]):
-            batch = to_pair_batch(trainer._prepare_inputs(pack))
-            ref_logps = trainer.reference.logps(trainer.model, batch, trainer.reference_forward)
-            logps = pair_logps(trainer.reference_forward(trainer.model, batch), ref_logps, trainer.beta)
-            values = zip(batch.sources, accuracy(logps).tolist(), margin(logps).tolist(), strict=True)
-            for source, *pair in values:
-                found[source].append((pair[0], pair[1]))
-    everything = [pair for pairs in found.values() for pair in pairs]
-    by_source = {source or "(none)": _figures(found[source]) for source in sorted(found)} if len(found) > 1 else {}
-    return {"": _figures(everything), **by_source} if everything else {}
+def held_out(metrics: Mapping[str, float]) -> dict[str, Figures]:
+    """Figures of the evaluation pairs by source, if there are several; under "" those of all.
 
-
-def _figures(pairs: Sequence[tuple[float, float]]) -> Figures:
-    accuracies, margins = zip(*pairs, strict=True)
-    return Figures(sum(accuracies) / len(pairs), sum(margins) / len(pairs), len(pairs))
+    Args:
+        metrics: What `PreferenceTrainer.evaluate` gives.
+    """
+    count = "eval_rewards/count"
+    sources = {name.removeprefix(count).removeprefix("/"): name for name in metrics if name.startswith(count)}
+    return {
+        source: Figures(
+            metrics[name.replace("count", "accuracies", 1)],
+            metrics[name.replace("count", "margins", 1)],
+            int(metrics[name]),
+        )
+        for source, name in sources.items()
+    }

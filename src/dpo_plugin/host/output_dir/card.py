@@ -11,8 +11,28 @@ from typing import Any
 import yaml
 
 from dpo_plugin.data.audit import audit_lines
+from dpo_plugin.host.callbacks import RunningTrainer
+from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel
 
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+
+
+def write_card(trainer: RunningTrainer) -> None:
+    """Write the card of a finished run into its output folder."""
+    settings, model = trainer.settings, trainer.model
+    adapter = isinstance(model, PolicyReferenceModel)
+    policy = settings.policy
+    facts = {
+        "policy starts from": f"`{policy.path}`, sha256 {model.digests[POLICY]}" if policy else "the base model",
+        "reference": " ".join(trainer.origin.reference.values()),
+        "loss": ", ".join(f"{name} × {weight:g}" for name, (_, weight) in trainer.preference_step.losses.items()),
+        "beta": trainer.beta,
+        "learning rate": trainer.args.learning_rate,
+        "steps": trainer.state.global_step,
+    }
+    output_dir = Path(trainer.args.output_dir)
+    text = model_card(output_dir, str(model.config.name_or_path), facts, trainer.state.log_history, adapter)
+    (output_dir / "README.md").write_text(text, encoding="utf-8")
 
 
 def model_card(

@@ -1,0 +1,120 @@
+"""Every patch of axolotl, transformers, trl and bitsandbytes: the fault, the version, and the test that needs it.
+
+Faults of DeepSpeed and accelerate that take no patch are worked around in `dpo_plugin.engines.precision`; the commands
+that axolotl runs on the trained adapter in `dpo_plugin.host.plugin` and `dpo_plugin.host.commands.merge_lora`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers.trainer
+from torch import nn
+
+from dpo_plugin.engines.config import EngineSettings
+from dpo_plugin.host.output_dir.saving import saving
+from dpo_plugin.model.adapters import PolicyReferenceModel
+
+
+def accept_fsdp2_with_nf4(cfg: Any, engine: EngineSettings) -> None:
+    """Let a 4-bit base be trained by DPO under FSDP2, which axolotl 0.19 refuses although it runs.
+
+    The refusal (utils/schemas/validation.py:1178) compares the version with the number 2; everything behind it takes
+    "2" as well, and the schema makes it a number again. tests/ranks/test_ranks.py trains the combination.
+
+    Args:
+        cfg: The raw config; its ``fsdp_version`` is changed for exactly this combination.
+        engine: What was read from it.
+    """
+    if engine.fsdp and cfg.get("load_in_4bit") and cfg.get("adapter") == "qlora":
+        cfg["fsdp_version"] = "2"
+
+
+def ignore_deprecated_collectives() -> None:
+    """Leave out torch 2.13's FutureWarnings of `all_gather_into_tensor` and `reduce_scatter_tensor`.
+
+    DeepSpeed 0.19 and FSDP2 call them, so they come with every gather, and nobody who trains can change that.
+    tests/ranks/test_ranks.py counts them in the output of two ranks.
+    """
+    deprecated = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", deprecated, FutureWarning)
+
+
+def keep_nf4_as_packed(model: nn.Module) -> None:
+    """Let an evaluation, or answers, leave 4-bit weights as training needs them.
+
+    On CPUs with AVX512-BF16, bitsandbytes 0.50.2 packs them anew for inference (nn/modules.py:613), and the next
+    training step fails: "a view of a leaf Variable that requires grad is being used in an in-place operation".
+    tests/integration/test_compute_runs.py evaluates a 4-bit run between its steps, test_samples_runs.py samples one.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+class HeldByPolicy:
+    """Stands in for a reference model when the reference lives in the policy's own adapters."""
+
+
+def hide_adapters_from_trl(model: nn.Module, ref_model: nn.Module | None) -> tuple[nn.Module, Any]:
+    """Give model and ref_model a form that keeps TRL 1.9 from copying and casting our adapters.
+
+    Given a PeftModel and no ref_model, TRL adds an adapter "ref", always a copy of "default"
+    (trl/trainer/dpo_trainer.py:649); a stand-in, which the trainer's setter of `ref_model` takes off again, prevents
+    it. It casts what is trainable on a quantised base to bf16 (:700), so nothing is trainable until it is done.
+    Both are held by tests/integration/test_runs.py.
+    """
+    if not isinstance(model, PolicyReferenceModel):
+        return model, ref_model
+    model.train_only_policy(False)
+    return model, HeldByPolicy()
+
+
+def save_policy_instead_of_base(base: nn.Module, policy: PolicyReferenceModel) -> None:
+    """Let the host's ``base.save_pretrained(output_dir)`` write the policy adapter.
+
+    After saving the trainer's model, axolotl 0.19 saves the base that it loaded once more, adapters injected, as
+    model.safetensors: 40 GB at 72B and of no use (train.py:406-410); on SIGINT it saves only that (:203).
+    tests/integration/test_runs.py fails when the host stops doing so and this can go.
+    """
+
+    def save_pretrained(save_directory: str, *_: Any, **__: Any) -> None:
+        with saving(Path(save_directory)):
+            policy.save_pretrained(save_directory)
+
+    base.save_pretrained = save_pretrained  # type: ignore[assignment]
+
+
+def save_fsdp2_adapter_through(trainer: Any) -> None:
+    """Let the host's last save under FSDP2 write what a checkpoint's save writes.
+
+    axolotl 0.19 hands the base without PEFT's wrapper to a function that gathers the adapter (train.py:345), whose
+    keys then lack ``base_model.model.``; PEFT and vLLM match none of them (vllm #34186: the base is served silently).
+    tests/ranks/test_ranks.py matches the keys of what FSDP2 saves.
+    """
+    from axolotl.integrations.expert_parallel import shard
+
+    def save_fsdp2_lora_adapter(model: nn.Module, output_dir: str) -> bool:
+        trainer.save_model(output_dir)
+        return True
+
+    shard.save_fsdp2_lora_adapter = save_fsdp2_lora_adapter
+
+
+@contextmanager
+def without_fsdp_model_file() -> Iterator[None]:
+    """Context in which transformers' trainer saves no model with FSDP's optimizer.
+
+    In FULL_STATE_DICT, accelerate 1.13 writes only rank 0's part of each tensor, as pytorch_model_fsdp.bin
+    (utils/fsdp_utils.py:138); the adapter is in the checkpoint already. tests/ranks/test_ranks.py looks for the file.
+    """
+    theirs = transformers.trainer.save_fsdp_model
+    transformers.trainer.save_fsdp_model = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        transformers.trainer.save_fsdp_model = theirs
