@@ -265,7 +265,7 @@ class Bench:
 
     def _loss(self, policy: CompletionLogps, kept: Tensor) -> tuple[Tensor, Tensor]:
         logps = pair_logps(policy, kept, BETA)
-        loss = total_loss(logps, {"sigmoid": (sigmoid, 1.0)}, LossOptions(BETA)).mean()
+        loss = total_loss(logps, {"sigmoid": (sigmoid, 1.0)}, LossOptions(beta=BETA)).mean()
         return loss, torch.cat([policy.sums, kept[0]])
 
     def stock(self, mark: Mark) -> tuple[Tensor, Tensor]:

@@ -35,12 +35,20 @@ def dpo_preference_formats() -> Mapping[str, PreferenceFormat]:  # type: ignore[
 
 @hookspec
 def dpo_reference_strategies() -> Mapping[str, type[ReferenceStrategy]]:  # type: ignore[empty-body]
-    """Reference strategies: give the reference's log-probs, fp32 (pairs,), nats; ``reference.strategy: <name>``."""
+    """Reference strategies: give the reference's log-probs, fp32 (pairs,), nats; ``reference.strategy: <name>``.
+
+    A class declares what it is: `moves`, `runs_model`, `needs_lora`, `needs_adapter`, `needs_second_model`. By default
+    it is a frozen reference that needs nothing.
+    """
 
 
 @hookspec
 def dpo_losses() -> Mapping[str, PreferenceLoss]:  # type: ignore[empty-body]
-    """Losses: ``(PairLogps, LossOptions) -> Tensor (pairs,)``; used as ``dpo_loss_type: [<name>]``."""
+    """Losses: ``(PairLogps, LossOptions) -> Tensor (pairs,)``; used as ``dpo_loss_type: [<name>]``.
+
+    A function declares what it is with ``@LossTraits(...)`` of `dpo_plugin.compute.losses`. One that does not may see a
+    batch's pairs together, so its batches are not split by ``max_tokens``; no option is refused for it.
+    """
 
 
 @hookspec

@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from axolotl.utils.dict import DictDefault
 
-from dpo_plugin.compute.losses import DIVERGENT, LOSSES
+from dpo_plugin import hookimpl, registry
+from dpo_plugin.compute.losses import LOSSES, LossTraits
 from dpo_plugin.config import DPOPluginArgs
 from dpo_plugin.errors import AdapterError, ConfigError, DataError, DPOPluginError
 from dpo_plugin.host.plugin import DPOPlugin, check_host_memory
 from dpo_plugin.host.settings import read_settings
+from dpo_plugin.model.references import ReferenceStrategy
 from dpo_plugin.plan import planner as plan
 from tests.support import host, tiny
 from tests.support.tiny import chat_row, dpo_config, write_rows
@@ -160,6 +163,9 @@ def test_a_bad_config(base_dir, tmp_path, change, error, says):
         host.load_config(dpo_config(base_dir, tmp_path / "out", **change), tmp_path)
 
 
+DIVERGENT = ("discopop", "exo_pair", "hinge", "ipo", "robust", "sft", "sigmoid", "sigmoid_norm")
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"])
 def test_a_divergence_without_meaning_for_a_loss(base_dir, tmp_path, name, divergence):
@@ -257,17 +263,100 @@ class TestData:
         assert {tokenizer.decode(ids) for ids in data["chosen_ids"]} == {"a<|im_end|>", "c<|im_end|>"}
 
 
-def test_two_plugins_with_one_name(base_dir, tmp_path, monkeypatch):
-    from dpo_plugin import hookimpl, registry
+@pytest.fixture
+def register(monkeypatch):
+    """Lets a third party's package bring what a hook returns."""
 
-    class Theirs:
-        @hookimpl
-        def dpo_preference_formats(self):
-            return {"chat": print}
+    def register(hook, things):
+        def implementation():
+            return things
 
-    manager = registry.build_manager()
-    manager.register(Theirs(), name="their-package")
-    monkeypatch.setattr("dpo_plugin.host.settings.get_registry", lambda: registry.build_registry(manager))
+        implementation.__name__ = hook
+        manager = registry.build_manager()
+        manager.register(SimpleNamespace(**{hook: hookimpl(implementation)}), name="their-package")
+        monkeypatch.setattr("dpo_plugin.host.settings.get_registry", lambda: registry.build_registry(manager))
+
+    return register
+
+
+class Drifting(ReferenceStrategy):
+    """A third party's reference on the policy's own base, which moves."""
+
+    moves = True
+    needs_lora = True
+
+    def run(self, model, batch, forward):
+        return forward(model, batch)
+
+
+class TestWhatAThirdPartyDeclares:
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            (
+                {"deepspeed": "deepspeed_configs/zero3_bf16.json"},
+                r"strategy: drifting` moves .* under ZeRO-3\. Write: strategy: adapter",
+            ),
+            (
+                {"fsdp_config": {"fsdp_version": 2}},
+                r"strategy: drifting` moves .* under FSDP\. Write: strategy: adapter",
+            ),
+            ({"adapter": None}, "strategy: drifting` needs an adapter. Write: adapter: lora"),
+            (
+                {"dpo_plugin": {"reference": {"strategy": "drifting", "cache": True}}},
+                "drifting` .* Write: cache: false",
+            ),
+        ],
+    )
+    def test_a_moving_reference_is_refused_where_ours_is(self, base_dir, tmp_path, register, change, says):
+        register("dpo_reference_strategies", {"drifting": Drifting})
+        section = {"dpo_plugin": {"reference": {"strategy": "drifting"}}}
+        assert read_settings(dpo_config(base_dir, tmp_path / "out", **section)).reference.cache_dir is None
+        with pytest.raises(ConfigError, match=says):
+            read_settings(dpo_config(base_dir, tmp_path / "out", **{**section, **change}))
+
+    def read(self, base_dir, tmp_path, **change):
+        limit = {"dpo_plugin": {"compute": {"max_tokens": 512}}}
+        return read_settings(dpo_config(base_dir, tmp_path / "out", dpo_loss_type=["theirs"], **{**limit, **change}))
+
+    @pytest.mark.parametrize(
+        ("traits", "says"),
+        [
+            (LossTraits(couples_pairs=True), "'theirs' sees its pairs together. Remove max_tokens"),
+            (None, r"'theirs' does not declare that .*@LossTraits\(\).*Write: max_tokens: null"),
+        ],
+    )
+    def test_a_loss_that_may_see_pairs_together_is_not_split(self, base_dir, tmp_path, register, traits, says):
+        def theirs(logps, options):
+            return logps.chosen_logratios - logps.chosen_logratios.mean()
+
+        register("dpo_losses", {"theirs": traits(theirs) if traits else theirs})
+        with pytest.raises(ConfigError, match=says):
+            self.read(base_dir, tmp_path)
+        assert self.read(base_dir, tmp_path, dpo_plugin=None).config.compute.max_tokens is None
+
+    def test_a_loss_that_sees_each_pair_alone_is_split_and_takes_no_option_that_it_does_not_name(
+        self, base_dir, tmp_path, register
+    ):
+        @LossTraits()
+        def theirs(logps, options):
+            return -logps.chosen_logratios
+
+        register("dpo_losses", {"theirs": theirs})
+        assert self.read(base_dir, tmp_path).config.compute.max_tokens == 512
+        with pytest.raises(ConfigError, match="is not used by theirs, only by aot, .*, sigmoid. Write"):
+            self.read(base_dir, tmp_path, dpo_label_smoothing=0.1)
+        with pytest.raises(ConfigError, match="has no meaning for the loss theirs"):
+            self.read(base_dir, tmp_path, dpo_plugin={"loss": {"f_divergence": "forward_kl"}})
+
+    def test_a_plain_function_takes_every_option(self, base_dir, tmp_path, register):
+        register("dpo_losses", {"theirs": lambda logps, options: -logps.chosen_logratios})
+        section = {"loss": {"f_divergence": "forward_kl"}}
+        assert self.read(base_dir, tmp_path, dpo_label_smoothing=0.1, dpo_plugin=section)
+
+
+def test_two_plugins_with_one_name(base_dir, tmp_path, register):
+    register("dpo_preference_formats", {"chat": print})
     with pytest.raises(
         DPOPluginError, match="'chat' is registered twice.*their-package.*builtins|builtins.*their-package"
     ):

@@ -139,7 +139,7 @@ def run(policy: Any, reference: Any, as_reference: Any, settings: dict[str, Any]
             found = run_model(policy, batch)
         with torch.no_grad(), as_reference(), autocast:
             fixed = torch.stack(run_model(reference, batch).sums.chunk(2), dim=1)
-        sigmoid(pair_logps(found, fixed, 0.1), LossOptions(0.1)).mean().backward()
+        sigmoid(pair_logps(found, fixed, 0.1), LossOptions(beta=0.1)).mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # as in accumulation, gradients are there while activations are
 

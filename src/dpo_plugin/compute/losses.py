@@ -15,35 +15,66 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from dpo_plugin.config import LossConfig
 from dpo_plugin.types import PairLogps
 
 
-@dataclass(frozen=True, slots=True)
-class LossOptions:
-    """Settings that losses share.
+class LossOptions(LossConfig):
+    """Settings that losses share: the section ``loss``, and axolotl's ``rl_beta`` and ``dpo_label_smoothing``.
 
     Attributes:
         beta: β > 0.
-        label_smoothing: ε, the assumed share of flipped preferences; sigmoid, robust, exo_pair, aot and aot_unpaired
-            use it.
-        discopop_tau: Temperature of DiscoPOP's blend.
-        f_divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence; the losses in `DIVERGENT` use it.
-        f_alpha: α of the α-divergence; 1 is the reverse KL, 0 the forward KL.
+        label_smoothing: ε, the assumed share of flipped preferences.
     """
 
-    beta: float
-    label_smoothing: float = 0.0
-    discopop_tau: float = 0.05
-    f_divergence: str = "reverse_kl"
-    f_alpha: float = 0.5
+    beta: float = Field(gt=0)
+    label_smoothing: float = Field(default=0.0, ge=0)
 
 
 PreferenceLoss = Callable[[PairLogps, LossOptions], Tensor]
+
+AnyLoss = TypeVar("AnyLoss", bound=PreferenceLoss)
+
+
+@dataclass(frozen=True)
+class LossTraits:
+    """What a loss declares about itself, as its decorator: ``@LossTraits(couples_pairs=True)``.
+
+    Attributes:
+        couples_pairs: Whether a pair's loss depends on the other pairs of the batch, which then cannot be split.
+        uses_label_smoothing: Whether it uses ε.
+        needs_label_smoothing: Whether ε must be above 0.
+        takes_divergence: Whether another f-divergence than the reverse KL has a meaning for it: it is a function of the
+            difference of two scores, in which β log Z(x) cancels, or has no score. TRL refuses the others too
+            (trl 6559).
+    """
+
+    couples_pairs: bool = False
+    uses_label_smoothing: bool = False
+    needs_label_smoothing: bool = False
+    takes_divergence: bool = False
+
+    def __call__(self, loss: AnyLoss) -> AnyLoss:
+        """Attach the traits to a loss."""
+        loss.traits = self  # type: ignore[attr-defined]
+        return loss
+
+
+UNDECLARED = LossTraits(couples_pairs=True, uses_label_smoothing=True, takes_divergence=True)
+"""Traits of a function that declares none: its batch is not split, and no option of the YAML is refused for it."""
+
+
+def traits_of(loss: PreferenceLoss) -> LossTraits:
+    """Give what a loss declares, or `UNDECLARED`."""
+    traits: LossTraits = getattr(loss, "traits", UNDECLARED)
+    return traits
 
 
 EXPONENT_LIMIT = 80.0
@@ -80,6 +111,7 @@ def _per_token_delta(logps: PairLogps, options: LossOptions) -> Tensor:
     return chosen / logps.chosen_tokens.clamp(min=1) - rejected / logps.rejected_tokens.clamp(min=1)
 
 
+@LossTraits(uses_label_smoothing=True, takes_divergence=True)
 def sigmoid(logps: PairLogps, options: LossOptions) -> Tensor:
     """−(1−ε) log σ(βΔ) − ε log σ(−βΔ): DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7). (pairs,).
 
@@ -88,27 +120,32 @@ def sigmoid(logps: PairLogps, options: LossOptions) -> Tensor:
     return _smoothed(options.beta * _delta(logps, options), options.label_smoothing)
 
 
+@LossTraits(takes_divergence=True)
 def sigmoid_norm(logps: PairLogps, options: LossOptions) -> Tensor:
     """−log σ(β (s_w/n_w − s_l/n_l)): length-normalised DPO (Tülu 3, arXiv 2411.15124). (pairs,)."""
     return -logsigmoid(options.beta * _per_token_delta(logps, options))
 
 
+@LossTraits(takes_divergence=True)
 def hinge(logps: PairLogps, options: LossOptions) -> Tensor:
     """max(0, 1 − β Δ): SLiC-style hinge (Zhao et al. 2023, arXiv 2305.10425; RSO, arXiv 2309.06657). (pairs,)."""
     return torch.relu(1 - options.beta * _delta(logps, options))
 
 
+@LossTraits(takes_divergence=True)
 def ipo(logps: PairLogps, options: LossOptions) -> Tensor:
     """(s_w/n_w − s_l/n_l − 1/(2β))²: IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17), per token. (pairs,)."""
     return (_per_token_delta(logps, options) - 1 / (2 * options.beta)) ** 2
 
 
+@LossTraits(uses_label_smoothing=True, takes_divergence=True)
 def robust(logps: PairLogps, options: LossOptions) -> Tensor:
     """[−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1 − 2ε): robust DPO (Chowdhury et al. 2024, arXiv 2403.00409). (pairs,)."""
     epsilon, margin = options.label_smoothing, options.beta * _delta(logps, options)
     return (-(1 - epsilon) * logsigmoid(margin) + epsilon * logsigmoid(-margin)) / (1 - 2 * epsilon)
 
 
+@LossTraits(uses_label_smoothing=True, needs_label_smoothing=True, takes_divergence=True)
 def exo_pair(logps: PairLogps, options: LossOptions) -> Tensor:
     """KL(softmax(β s) ‖ (1−ε, ε)): EXO (Ji et al. 2024, arXiv 2402.00856, eq. 16); ε > 0. (pairs,)."""
     margin = options.beta * _delta(logps, options)
@@ -117,23 +154,27 @@ def exo_pair(logps: PairLogps, options: LossOptions) -> Tensor:
     return chosen + torch.sigmoid(-margin) * (logsigmoid(-margin) - torch.log(epsilon))
 
 
+@LossTraits()
 def nca_pair(logps: PairLogps, options: LossOptions) -> Tensor:
     """−log σ(β r_w) − ½ log σ(−β r_w) − ½ log σ(−β r_l): NCA (Chen et al. 2024, arXiv 2402.05369). (pairs,)."""
     chosen, rejected = options.beta * logps.chosen_logratios, options.beta * logps.rejected_logratios
     return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
 
 
+@LossTraits()
 def bco_pair(logps: PairLogps, options: LossOptions) -> Tensor:
     """−log σ(β r_w) − log σ(−β r_l): BCO without shift (Jung et al. 2024, arXiv 2404.04656). (pairs,)."""
     return -logsigmoid(options.beta * logps.chosen_logratios) - logsigmoid(-options.beta * logps.rejected_logratios)
 
 
+@LossTraits()
 def sppo_hard(logps: PairLogps, options: LossOptions) -> Tensor:
     """(r_w − 1/(2β))² + (r_l + 1/(2β))²: SPPO, hard labels (Wu et al. 2024, arXiv 2405.00675, eq. 4.7). (pairs,)."""
     half = 0.5 / options.beta
     return (logps.chosen_logratios - half) ** 2 + (logps.rejected_logratios + half) ** 2
 
 
+@LossTraits(couples_pairs=True, uses_label_smoothing=True)
 def aot(logps: PairLogps, options: LossOptions) -> Tensor:
     """AOT, paired (Melnyk et al. 2024, arXiv 2406.05882): DPO on separately sorted margins. (pairs,)."""
     policy, _ = torch.sort(logps.policy_chosen_logps - logps.policy_rejected_logps)
@@ -141,6 +182,7 @@ def aot(logps: PairLogps, options: LossOptions) -> Tensor:
     return _smoothed(options.beta * (policy - reference), options.label_smoothing)
 
 
+@LossTraits(couples_pairs=True, uses_label_smoothing=True)
 def aot_unpaired(logps: PairLogps, options: LossOptions) -> Tensor:
     """AOT, unpaired (Melnyk et al. 2024, arXiv 2406.05882): DPO on separately sorted log-ratios. (pairs,)."""
     chosen, _ = torch.sort(logps.chosen_logratios)
@@ -152,12 +194,14 @@ def _smoothed(margin: Tensor, epsilon: float) -> Tensor:
     return -(1 - epsilon) * logsigmoid(margin) - epsilon * logsigmoid(-margin)
 
 
+@LossTraits()
 def apo_zero(logps: PairLogps, options: LossOptions) -> Tensor:
     """1 − σ(β r_w) + σ(β r_l): APO-zero (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7). (pairs,)."""
     chosen = 1 - torch.sigmoid(options.beta * logps.chosen_logratios)
     return chosen + torch.sigmoid(options.beta * logps.rejected_logratios)
 
 
+@LossTraits()
 def apo_down(logps: PairLogps, options: LossOptions) -> Tensor:
     """σ(β r_w) + 1 − σ(β (r_w − r_l)): APO-down (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8). (pairs,).
 
@@ -167,6 +211,7 @@ def apo_down(logps: PairLogps, options: LossOptions) -> Tensor:
     return torch.sigmoid(options.beta * logps.chosen_logratios) + 1 - torch.sigmoid(options.beta * margin)
 
 
+@LossTraits(takes_divergence=True)
 def discopop(logps: PairLogps, options: LossOptions) -> Tensor:
     """(1−m) (−log σ(βΔ)) + m exp(−βΔ), m = σ(βΔ/τ): DiscoPOP (Lu et al. 2024, arXiv 2406.08414, eq. 5). (pairs,)."""
     margin = options.beta * _delta(logps, options)
@@ -174,6 +219,7 @@ def discopop(logps: PairLogps, options: LossOptions) -> Tensor:
     return -logsigmoid(margin) * (1 - blend) + torch.exp(-margin) * blend
 
 
+@LossTraits(couples_pairs=True, takes_divergence=True)
 def sft(logps: PairLogps, options: LossOptions) -> Tensor:
     """Mean negative log-likelihood per chosen token of the batch, the same for each pair (TRL's `sft`). (pairs,).
 
@@ -190,13 +236,3 @@ LOSSES: Mapping[str, PreferenceLoss] = {
         aot, aot_unpaired, apo_zero, apo_down, discopop, sft,
     )
 }  # fmt: skip
-
-SMOOTHED = ("aot", "aot_unpaired", "exo_pair", "robust", "sigmoid")
-"""Losses that use the label smoothing."""
-
-DIVERGENT = ("discopop", "exo_pair", "hinge", "ipo", "robust", "sft", "sigmoid", "sigmoid_norm")
-"""Losses with which another f-divergence than the reverse KL has a meaning: those of the difference of two scores, in
-which β log Z(x) cancels, and `sft`, which has no score. TRL refuses the others too (trl 6559)."""
-
-COUPLED = ("aot", "aot_unpaired", "sft")
-"""Losses that see the pairs of a micro-batch together, so that it cannot be split."""

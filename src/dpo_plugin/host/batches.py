@@ -90,11 +90,7 @@ def make_step(trainer: Any) -> PreferenceStep:
         reference=trainer.reference,
         losses={name: (losses.find(name, "dpo_loss_type"), w) for name, w in zip(names, weights, strict=True)},
         loss_options=LossOptions(
-            beta=trainer.beta,
-            label_smoothing=trainer.label_smoothing or 0.0,
-            discopop_tau=config.loss.discopop_tau,
-            f_divergence=config.loss.f_divergence,
-            f_alpha=config.loss.f_alpha,
+            beta=trainer.beta, label_smoothing=trainer.label_smoothing or 0.0, **dict(config.loss)
         ),
         forward_options=ForwardOptions(
             wpo=bool(trainer.use_weighting),

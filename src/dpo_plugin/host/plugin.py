@@ -133,8 +133,8 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
 
     def post_train(self, cfg: Any, model: Any) -> None:
         """Check that the reference is still what was attached; the host calls this twice."""
-        fixed = self.settings is not None and self.settings.reference.strategy.fixed
-        if fixed and isinstance(model, PolicyReferenceModel) and model.has_reference:
+        stays = self.settings is not None and not self.settings.reference.strategy.moves
+        if stays and isinstance(model, PolicyReferenceModel) and model.has_reference:
             check_reference_unchanged(model)
 
 

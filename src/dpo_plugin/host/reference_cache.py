@@ -33,7 +33,7 @@ def open_cache(
         longest: Gives the tokens of the longest row, padding included.
     """
     folder = settings.reference.cache_dir
-    if not strategy.fixed or (folder is None and not settings.precompute):
+    if not strategy.cacheable() or (folder is None and not settings.precompute):
         return None
     limit = rope_limit(config)
     if limit is not None and longest() > limit:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_plugin.compute.losses import COUPLED, DIVERGENT, LOSSES, SMOOTHED
-from dpo_plugin.config import Action, DPOPluginConfig, ReferenceConfig, parse_config
+from dpo_plugin.compute.losses import LossTraits, traits_of
+from dpo_plugin.config import Action, DPOPluginConfig, LossConfig, ReferenceConfig, parse_config
 from dpo_plugin.engines.config import EngineSettings, check_parallel
 from dpo_plugin.errors import ConfigError, DataError
 from dpo_plugin.health.monitor import HealthCheck
@@ -19,7 +19,7 @@ from dpo_plugin.metrics.pair import TRL_METRICS, PreferenceMetric
 from dpo_plugin.model.adapters import AdapterFolder
 from dpo_plugin.model.hub import open_adapter
 from dpo_plugin.model.inits import check_fresh_init
-from dpo_plugin.model.references import EmaReference, ReferenceChoice, ReferenceStrategy, strategy_name
+from dpo_plugin.model.references import ReferenceChoice, ReferenceStrategy, strategy_name
 from dpo_plugin.registry import Registry, get_registry
 
 PREFIX = "dpo_plugin."
@@ -128,48 +128,53 @@ def _check_host_keys(cfg: Mapping[str, Any]) -> None:
 
 def _check_losses(cfg: Mapping[str, Any], config: DPOPluginConfig, registry: Registry) -> None:
     names = cfg.get("dpo_loss_type") or ["ipo" if cfg.get("rl") == "ipo" else "sigmoid"]
-    for name in names:
-        registry.losses.find(name, "dpo_loss_type")
+    traits = {name: traits_of(registry.losses.find(name, "dpo_loss_type")) for name in names}
     weights = cfg.get("dpo_loss_weights")
     if weights is not None and len(weights) != len(names):
         raise ConfigError(
             f"`dpo_loss_weights` has {len(weights)} numbers for {len(names)} losses ({', '.join(names)}). "
             f"Write: dpo_loss_weights: {[1.0] * len(names)}"
         )
-    _check_smoothing(cfg.get("dpo_label_smoothing"), names)
-    _check_divergence(config, names)
-    coupled = [name for name in names if name in COUPLED]
+    known = {name: traits_of(registry.losses[name]) for name in sorted(registry.losses)}
+    _check_smoothing(cfg.get("dpo_label_smoothing"), traits, known)
+    _check_divergence(config.loss, traits, known)
+    coupled = [name for name in names if traits[name].couples_pairs]
     if config.compute.max_tokens is not None and coupled:
+        says = "sees its pairs together" if hasattr(registry.losses[coupled[0]], "traits") else _MAY_COUPLE
         raise ConfigError(
-            f"`dpo_plugin.compute.max_tokens` splits a micro-batch, but the loss {coupled[0]!r} sees its pairs "
-            "together. Remove max_tokens. Write: max_tokens: null"
+            f"`dpo_plugin.compute.max_tokens` splits a micro-batch, but the loss {coupled[0]!r} {says}. "
+            "Remove max_tokens. Write: max_tokens: null"
         )
 
 
-def _check_divergence(config: DPOPluginConfig, names: list[str]) -> None:
-    given = config.loss.f_divergence
-    plain = given == "reverse_kl" or (given == "alpha_divergence" and config.loss.f_alpha == 1)
-    refused = [name for name in names if name in LOSSES and name not in DIVERGENT]
+_MAY_COUPLE = "does not declare that it sees each pair alone (@LossTraits(), docs/hooks.md)"
+
+
+def _check_divergence(config: LossConfig, traits: Mapping[str, LossTraits], known: Mapping[str, LossTraits]) -> None:
+    given = config.f_divergence
+    plain = given == "reverse_kl" or (given == "alpha_divergence" and config.f_alpha == 1)
+    refused = [name for name, of in traits.items() if not of.takes_divergence]
     if refused and not plain:
         raise ConfigError(
             f"`dpo_plugin.loss.f_divergence: {given}` has no meaning for the loss {', '.join(refused)}, which is no "
-            f"function of the difference of two scores; it has for {', '.join(DIVERGENT)}. "
-            "Write: f_divergence: reverse_kl"
+            "function of the difference of two scores; it has for "
+            f"{', '.join(name for name, of in known.items() if of.takes_divergence)}. Write: f_divergence: reverse_kl"
         )
 
 
-def _check_smoothing(given: Any, names: list[str]) -> None:
+def _check_smoothing(given: Any, traits: Mapping[str, LossTraits], known: Mapping[str, LossTraits]) -> None:
     smoothing = given or 0
-    ours = [name for name in names if name in LOSSES]
-    if ours == names and smoothing and not any(name in SMOOTHED for name in names):
+    if smoothing and not any(of.uses_label_smoothing for of in traits.values()):
+        users = ", ".join(name for name, of in known.items() if of.uses_label_smoothing)
         raise ConfigError(
-            f"`dpo_label_smoothing: {given}` is not used by {', '.join(names)}, only by {', '.join(SMOOTHED)}. "
+            f"`dpo_label_smoothing: {given}` is not used by {', '.join(traits)}, only by {users}. "
             "Write: dpo_label_smoothing: 0"
         )
-    if "exo_pair" in names and not 0 < smoothing < 0.5:
+    needs = [name for name, of in traits.items() if of.needs_label_smoothing]
+    if needs and not 0 < smoothing < 0.5:
         raise ConfigError(
-            f"`dpo_label_smoothing: {given}` must be above 0 and below 0.5 for the loss exo_pair, which takes its "
-            "logarithm (arXiv 2402.00856). Write: dpo_label_smoothing: 0.001"
+            f"`dpo_label_smoothing: {given}` must be above 0 and below 0.5 for the loss {needs[0]}, which takes its "
+            "logarithm. Write: dpo_label_smoothing: 0.001"
         )
     if not 0 <= smoothing < 0.5:
         raise ConfigError(
@@ -212,21 +217,21 @@ def _reference(
 ) -> ReferenceChoice:
     name = strategy_name(cfg, config)
     strategy = registry.reference_strategies.find(name, "dpo_plugin.reference.strategy")
-    if config.adapter_dir and not strategy.uses_reference_adapter:
+    if config.adapter_dir and not strategy.needs_adapter:
         raise ConfigError(
             f"`dpo_plugin.reference.adapter_dir` is set but the strategy is {name!r}, which does not use it. "
             "Write: strategy: adapter"
         )
-    if name == "model" and cfg.get("adapter"):
+    if strategy.needs_second_model and cfg.get("adapter"):
         raise ConfigError(
-            "`dpo_plugin.reference.strategy: model` loads a second model, which the host does for full fine-tuning "
+            f"`dpo_plugin.reference.strategy: {name}` loads a second model, which the host does for full fine-tuning "
             "only. Write: strategy: adapter"
         )
-    if (strategy.uses_reference_adapter or name == "base") and not cfg.get("adapter"):
+    if (strategy.needs_lora or strategy.needs_adapter) and not cfg.get("adapter"):
         raise ConfigError(f"`dpo_plugin.reference.strategy: {name}` needs an adapter. Write: adapter: lora")
-    adapter = _reference_folder(name, config, policy) if strategy.uses_reference_adapter else None
+    adapter = _reference_folder(name, config, policy) if strategy.needs_adapter else None
     strategy.check_adapters(policy, adapter)
-    if engine.shards_parameters and issubclass(strategy, EmaReference):
+    if engine.shards_parameters and strategy.moves:
         raise ConfigError(
             f"`dpo_plugin.reference.strategy: {name}` moves the reference's tensors, of which a rank holds a part "
             f"under {engine.label}. Write: strategy: adapter (or deepspeed: <a config of ZeRO stage 1 or 2>)"
@@ -247,12 +252,12 @@ def _reference_folder(name: str, config: ReferenceConfig, policy: AdapterFolder 
 def _cache_dir(
     cfg: Mapping[str, Any], cache: bool | str | None, strategy: type[ReferenceStrategy], name: str
 ) -> Path | None:
-    if cache and not strategy.fixed:
+    if cache and not strategy.cacheable():
         raise ConfigError(
             f"`dpo_plugin.reference.strategy: {name}` has no log-probs that could be cached, but `cache: {cache}` asks "
             "for it. Write: cache: false"
         )
-    if cache is False or not strategy.fixed:
+    if cache is False or not strategy.cacheable():
         return None
     return Path(cache) if isinstance(cache, str) else Path(cfg.get("dataset_prepared_path") or "last_run_prepared")
 

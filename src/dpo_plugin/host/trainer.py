@@ -70,7 +70,7 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
             self.accelerator,
             self.settings.metrics,
             get_registry().metrics.owner,
-            AdapterNorms(model, moving=not self.settings.reference.strategy.fixed),
+            AdapterNorms(model, moving=self.settings.reference.strategy.moves),
             self.reference.strategy.equals_policy_at_start(),
         )
         self._eval_prefix = "eval"

@@ -30,13 +30,20 @@ class ReferenceStrategy(ABC):
         options: The ``dpo_plugin.reference`` section.
 
     Attributes:
-        uses_reference_adapter: Whether the adapter of ``adapter_dir`` (or ``lora_model_dir``) is to be attached.
-        fixed: Whether the reference stays as it is, so that its log-probs can be kept.
+        moves: Whether its tensors change during training: it is not cached, not sharded over ranks, and its `state` is
+            in checkpoints.
+        runs_model: Whether it runs a model at all, so that its log-probs are worth caching.
+        needs_lora: Whether the policy must be a LoRA, which can be switched off.
+        needs_adapter: Whether it is a LoRA of its own, that of ``adapter_dir`` or ``lora_model_dir``.
+        needs_second_model: Whether it is the second model that the host loads for full fine-tuning.
         policy_values: Gives the policy adapter by parameter name as the optimizer holds it, fp32; all ranks must call.
     """
 
-    uses_reference_adapter: ClassVar[bool] = False
-    fixed: ClassVar[bool] = True
+    moves: ClassVar[bool] = False
+    runs_model: ClassVar[bool] = True
+    needs_lora: ClassVar[bool] = False
+    needs_adapter: ClassVar[bool] = False
+    needs_second_model: ClassVar[bool] = False
 
     def __init__(self, policy: Any, ref_model: Any | None = None, options: ReferenceConfig | None = None):
         self.policy = policy
@@ -73,6 +80,11 @@ class ReferenceStrategy(ABC):
     def identity(self) -> str:
         """What tells this reference from another: a digest of its weights, or a fixed word; kept in checkpoints."""
         return type(self).__name__
+
+    @classmethod
+    def cacheable(cls) -> bool:
+        """Whether its log-probs can be cached."""
+        return cls.runs_model and not cls.moves
 
     @classmethod  # noqa: B027
     def check_adapters(cls, policy: AdapterFolder | None, reference: AdapterFolder | None) -> None:
@@ -144,7 +156,8 @@ def strategy_name(cfg: Mapping[str, Any], reference: ReferenceConfig) -> str:
 class AdapterReference(ReferenceStrategy):
     """The frozen reference adapter on the policy's own base model."""
 
-    uses_reference_adapter = True
+    needs_lora = True
+    needs_adapter = True
 
     def __init__(self, policy: Any, ref_model: Any | None = None, options: ReferenceConfig | None = None):
         super().__init__(policy, ref_model, options)
@@ -176,6 +189,8 @@ class AdapterReference(ReferenceStrategy):
 class BaseReference(ReferenceStrategy):
     """The base model with its adapters off."""
 
+    needs_lora = True
+
     def __init__(self, policy: Any, ref_model: Any | None = None, options: ReferenceConfig | None = None):
         super().__init__(policy, ref_model, options)
         if not isinstance(policy, PolicyReferenceModel):
@@ -199,6 +214,8 @@ class BaseReference(ReferenceStrategy):
 
 class ModelReference(ReferenceStrategy):
     """A second, frozen model, for full fine-tuning."""
+
+    needs_second_model = True
 
     def __init__(self, policy: Any, ref_model: Any | None = None, options: ReferenceConfig | None = None):
         super().__init__(policy, ref_model, options)
@@ -226,7 +243,7 @@ class ModelReference(ReferenceStrategy):
 class EmaReference(AdapterReference):
     """TR-DPO's soft update (Gorbatovski et al. 2024, arXiv 2404.09656): reference ← α·policy + (1−α)·reference."""
 
-    fixed = False
+    moves = True
 
     def __init__(self, policy: Any, ref_model: Any | None = None, options: ReferenceConfig | None = None):
         super().__init__(policy, ref_model, options)
@@ -310,7 +327,7 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 class NoReference(ReferenceStrategy):
     """Reference-free: log π_ref = 0, so rewards are β log π."""
 
-    fixed = False  # there is nothing to keep
+    runs_model = False
 
     def run(self, model: Any, batch: PairBatch, forward: Forward) -> CompletionLogps:
         """Zeros; no forward."""

@@ -123,7 +123,7 @@ def adapter_configs(cfg: Mapping[str, Any], reference: ReferenceConfig) -> dict[
         return {}
     policy = _lora(cfg, cfg.get("lora_model_dir"))
     strategy = get_registry().reference_strategies.find(name, "dpo_plugin.reference.strategy")
-    if not strategy.uses_reference_adapter:
+    if not strategy.needs_adapter:
         return {POLICY: policy}
     return {POLICY: policy, REFERENCE: _lora(cfg, reference.adapter_dir) if reference.adapter_dir else policy}
 

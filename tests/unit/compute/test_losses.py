@@ -11,13 +11,38 @@ from trl import DPOTrainer
 from dpo_plugin.compute.batching import PairCollator, to_pair_batch
 from dpo_plugin.compute.lm_head import ForwardOptions
 from dpo_plugin.compute.logps import completion_logps, pair_logps, total_loss
-from dpo_plugin.compute.losses import DIVERGENT, LOSSES, LossOptions, score
+from dpo_plugin.compute.losses import LOSSES, LossOptions, score, traits_of
 from dpo_plugin.types import PairLogps
 
 
 def logps(pc, pr, rc, rr, beta=1.0, tokens=(1.0, 1.0)) -> PairLogps:
     values = [torch.tensor([float(v)]) for v in (pc, pr, rc, rr, *tokens, 0, 0)]
     return PairLogps(*values, beta=beta)
+
+
+DIVERGENT = ("discopop", "exo_pair", "hinge", "ipo", "robust", "sft", "sigmoid", "sigmoid_norm")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_what_it_declares(name):
+    """Whether its values for three pairs are those of each alone, change with ε, and take a divergence."""
+    columns = [[-5, -6, -9], [-7, -6.5, -8], [-6, -6.2, -7], [-6.5, -6.1, -9], [2, 3, 4], [4, 3, 5], [0] * 3, [0] * 3]
+    rows = [torch.tensor([float(value) for value in column]) for column in columns]
+    together, alone = PairLogps(*rows, beta=0.5), [PairLogps(*(row[[n]] for row in rows), beta=0.5) for n in range(3)]
+    loss, traits = LOSSES[name], traits_of(LOSSES[name])
+
+    def differs(one, other):
+        return not torch.allclose(one, other, atol=1e-6)
+
+    smoothed = LossOptions(beta=0.5, label_smoothing=0.1)
+    assert traits.couples_pairs == differs(loss(together, smoothed), torch.cat([loss(one, smoothed) for one in alone]))
+    more = smoothed.model_copy(update={"label_smoothing": 0.3})
+    assert traits.uses_label_smoothing == differs(loss(together, smoothed), loss(together, more))
+    without = loss(together, LossOptions(beta=0.5))
+    assert traits.needs_label_smoothing == (not without.isfinite().all())
+    assert traits.takes_divergence == (name in DIVERGENT)
+    other = smoothed.model_copy(update={"f_divergence": "forward_kl"})
+    assert differs(loss(together, smoothed), loss(together, other)) == (name in DIVERGENT and name != "sft")
 
 
 def test_beta_multiplies_the_log_ratio_difference():
@@ -28,18 +53,20 @@ def test_beta_multiplies_the_log_ratio_difference():
 
 
 def test_policy_equal_to_reference_gives_ln_2():
-    assert LOSSES["sigmoid"](logps(-5, -7, -5, -7), LossOptions(0.1)).item() == pytest.approx(math.log(2), abs=1e-6)
+    assert LOSSES["sigmoid"](logps(-5, -7, -5, -7), LossOptions(beta=0.1)).item() == pytest.approx(
+        math.log(2), abs=1e-6
+    )
 
 
 def test_ipo_by_hand():
     """β = 0.5, lengths 2 and 4: (1/2 − (−1)/4 − 1)² = 0.0625."""
-    loss = LOSSES["ipo"](logps(-5, -7, -6, -6, tokens=(2.0, 4.0)), LossOptions(0.5))
+    loss = LOSSES["ipo"](logps(-5, -7, -6, -6, tokens=(2.0, 4.0)), LossOptions(beta=0.5))
     assert loss.item() == pytest.approx(0.0625, abs=1e-6)
 
 
 def test_smoothed_sigmoid_by_hand():
     """Δ = 2, β = 1, ε = 0.1: 0.9 · 0.126928 + 0.1 · 2.126928 = 0.326928."""
-    loss = LOSSES["sigmoid"](logps(-5, -7, -6, -6), LossOptions(1.0, label_smoothing=0.1))
+    loss = LOSSES["sigmoid"](logps(-5, -7, -6, -6), LossOptions(beta=1.0, label_smoothing=0.1))
     assert loss.item() == pytest.approx(0.326928, abs=1e-5)
 
 
@@ -87,7 +114,7 @@ def compare_with_trl(name: str, wpo=False, ld_alpha=None, f_divergence="reverse_
 
     ours_in = values.clone().requires_grad_()
     policy = completion_logps(ours_in, batch, ForwardOptions(wpo=wpo, ld_alpha=ld_alpha))
-    options = LossOptions(beta, smoothing, f_divergence=f_divergence, f_alpha=f_alpha)
+    options = LossOptions(beta=beta, label_smoothing=smoothing, f_divergence=f_divergence, f_alpha=f_alpha)
     ours = total_loss(pair_logps(policy, ref, beta), {name: (LOSSES[name], 1.0)}, options, policy.wpo_weights).mean()
     ours.backward()
 
@@ -152,7 +179,7 @@ AT_REFERENCE = {
 def test_the_value_at_policy_equal_to_reference_is_known(name, divergence, alpha, lengths):
     """Whatever divergence and lengths: TRL 1.9 has `sigmoid_norm` 0.6965, `ipo` 25.67, `sppo_hard` 58 at 20 and 60."""
     sums = [-NLL * n for n in lengths]
-    options = LossOptions(BETA, EPSILON, f_divergence=divergence, f_alpha=alpha)
+    options = LossOptions(beta=BETA, label_smoothing=EPSILON, f_divergence=divergence, f_alpha=alpha)
     found = LOSSES[name](logps(*sums, *sums, tokens=lengths), options).item()
     assert found == pytest.approx(AT_REFERENCE[name], rel=1e-5)
 
@@ -162,7 +189,7 @@ def test_a_loss_that_is_no_function_of_a_difference_takes_the_log_ratio(name):
     """Where log Z(x) does not cancel, a score has no meaning of its own; the config refuses the combination."""
     values = logps(-5, -7, -6, -6.5)
     found = {
-        divergence: LOSSES[name](values, LossOptions(0.5, f_divergence=divergence)).item()
+        divergence: LOSSES[name](values, LossOptions(beta=0.5, f_divergence=divergence)).item()
         for divergence in ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
     }
     assert len(set(found.values())) == 1
@@ -182,7 +209,7 @@ def test_a_loss_that_is_no_function_of_a_difference_takes_the_log_ratio(name):
 )
 def test_scores_by_hand(divergence, alpha, expected):
     """f′(u) − f′(1) at u = e^0.2, which is 0 at u = 1."""
-    options = LossOptions(0.1, f_divergence=divergence, f_alpha=alpha)
+    options = LossOptions(beta=0.1, f_divergence=divergence, f_alpha=alpha)
     found = score(torch.tensor([0.2, 0.0], dtype=torch.float64), options)
     assert found.tolist() == pytest.approx([expected, 0], abs=1e-5)
 

@@ -140,7 +140,7 @@ def run_facts(trainer: RunningTrainer) -> RunFacts:
         planned_steps=trainer.state.max_steps or None,
         epochs=args.num_train_epochs,
         starts_as_reference=strategy.equals_policy_at_start(),
-        reference_fixed=type(strategy).fixed,
+        reference_fixed=not strategy.moves,
         base=shown_text(str(model.config.name_or_path)),
         policy=str(settings.policy.path) if settings.policy else "all weights" if lora is None else "a fresh LoRA",
         reference=str(settings.reference),

@@ -29,7 +29,6 @@ from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.settings import RunSettings
 from dpo_plugin.host.yaml_keys import read_yaml
 from dpo_plugin.model.adapters import AdapterFolder
-from dpo_plugin.model.references import ReferenceStrategy
 from dpo_plugin.samples.records import Sample, read_prompts, samples_table
 
 # One process loads the model, and nothing is logged anywhere.
@@ -159,8 +158,7 @@ def _load(raw: Any, folder: Path) -> tuple[Any, RunSettings]:
     settings = plugin.run_settings()
     if raw.get("adapter"):
         settings = replace(settings, policy=AdapterFolder.open(folder, "--checkpoint"))
-    moves = settings.reference.strategy.state is not ReferenceStrategy.state
-    if moves and not (folder / REFERENCE_STATE).is_file():
+    if settings.reference.strategy.moves and not (folder / REFERENCE_STATE).is_file():
         raise CheckpointError(
             f"the reference of the strategy {settings.reference.name!r} moves in training, and {folder} does not hold "
             f"it ({REFERENCE_STATE}); checkpoints do. Write: --checkpoint {raw.get('output_dir')}/checkpoint-<step>"
