@@ -1,10 +1,8 @@
-"""Charts of a run as SVG whose colours are CSS variables, so that one drawing serves light and dark pages."""
+"""Charts of a run as SVG, one drawing for light and dark pages."""
 
 from __future__ import annotations
 
-import html
 import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,31 +17,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BUCKETS = 240
-"""Points along a chart: a long history keeps least and greatest value of each of so many stretches of steps."""
+"""Stretches of steps along a chart; of each, a long history keeps the least and the greatest value."""
 
 SMOOTHED_FROM = 60
-"""Points from which on a running mean is drawn over the values."""
+"""Number of points above which a running mean is drawn over the values."""
 
 BINS = 30
 """Bars of a histogram."""
 
 Values = tuple["NDArray[Any]", "NDArray[Any]"]
 
-_COLOURS = ("--c1", "--c2", "--c3", "--c4", "--c5", "--c6")
-_INK, _GRID, _MARK = "--ink2", "--grid", "--mark"
-_STAND_INS = {f"#{number:02x}fe0{number:x}": name for number, name in enumerate((*_COLOURS, _INK, _GRID, _MARK), 1)}
-"""matplotlib wants colours that it knows; these are replaced by the variables when the drawing is done."""
-
-LIGHT = {
-    "--c1": "#1f6feb", "--c2": "#c2410c", "--c3": "#0f8a5f", "--c4": "#8250df", "--c5": "#b08800", "--c6": "#0e7490",
-    "--ink": "#1c2024", "--ink2": "#60656c", "--grid": "#e4e6ea", "--page": "#f7f8fa", "--card": "#ffffff",
-    "--mark": "#c62828", "--warn": "#b26a00", "--good": "#0f8a5f",
-}  # fmt: skip
-DARK = {
-    "--c1": "#6ea8fe", "--c2": "#ff9e64", "--c3": "#5fd3a0", "--c4": "#c4a5ff", "--c5": "#e3c04f", "--c6": "#5cc8de",
-    "--ink": "#e6e8eb", "--ink2": "#a2a8b0", "--grid": "#32363c", "--page": "#15171a", "--card": "#1e2125",
-    "--mark": "#ff7b7b", "--warn": "#f0b429", "--good": "#5fd3a0",
-}  # fmt: skip
+_COLOURS = ("#1f6feb", "#c2410c", "#0f8a5f", "#8250df", "#a07a00", "#0e7490")
+_INK, _GRID, _MARK = "#60656c", ("#80868f", 0.3), "#c62828"
+"""Legible on a white card; a dark page inverts their lightness and keeps their hue (report.css)."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +40,7 @@ class Line:
         label: Its name in the legend.
         series: Its values.
         held_out: Whether it comes from evaluations; drawn with dots.
-        band: Series of a lower and an upper bound that is shaded, and that goes with it.
+        band: Lower and upper bound of an area that is shaded around it.
         colour: Which of the six colours; None for that of its place in the chart.
         layer: 0 for a single run; of several, the first is broad and those above it dashed, so that all are seen where
             they coincide.
@@ -86,7 +72,7 @@ class Chart:
     """One drawing.
 
     Attributes:
-        key: Its anchor in the page and its file name.
+        key: Its anchor in the page.
         title: A few words.
         caption: What it shows and what it should do.
         lines: At most six; none in a chart of spreads.
@@ -111,10 +97,7 @@ class Chart:
 
 
 def thinned(series: Series, buckets: int = BUCKETS) -> Values:
-    """Steps and values of a series, at most two for each stretch of steps: the least and the greatest, in their order.
-
-    A spike of a single step stays.
-    """
+    """Thin out a series to the least and the greatest value of each stretch of steps, so that a spike stays."""
     steps, values = as_arrays(series)
     if len(values) <= 2 * buckets:
         return steps, values
@@ -130,7 +113,7 @@ def thinned(series: Series, buckets: int = BUCKETS) -> Values:
 
 
 def smoothed(series: Series, buckets: int = BUCKETS) -> Values:
-    """A running mean over a thirtieth of the points, at as many points as are drawn."""
+    """Compute a running mean over a thirtieth of the points, at as many points as are drawn."""
     steps, values = as_arrays(series)
     width = max(2, len(values) // 30)
     total = np.concatenate([[0.0], np.cumsum(values)])
@@ -147,69 +130,42 @@ def as_arrays(series: Series) -> Values:
 
 
 def to_svg(chart: Chart) -> str:
-    """A chart as an SVG element, coloured by the page's CSS variables, its text in the page's font."""
+    """Draw a chart as an SVG element; its text is text, in the page's font."""
     import matplotlib
 
     out = io.StringIO()
     # The salt keeps the ids of one chart's clip paths apart from another's in the same page.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.key, "text.parse_math": False}):
-        draw(chart, {name: stand_in for stand_in, name in _STAND_INS.items()}).savefig(
-            out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
-    svg = _bare(out.getvalue(), chart.title)
-    for stand_in, name in _STAND_INS.items():
-        svg = svg.replace(stand_in, f"var({name})")
-    return svg
+        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        draw(chart).savefig(out, format="svg", transparent=True, metadata=nothing)
+    return out.getvalue().partition("<!DOCTYPE")[2].partition(">")[2].strip()
 
 
-def _bare(svg: str, title: str) -> str:
-    """An SVG without header, comments, fixed size and font, and with coordinates to a tenth of a point."""
-    view = re.search(r'viewBox="([^"]+)"', svg)
-    body = svg[svg.index(">", svg.index("<svg")) + 1 :]
-    body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.DOTALL)
-    body = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px", body)  # matplotlib 3.10; 3.11 writes font-family
-    body = re.sub(r"font-family: [^;\"]+;? ?", "", body)
-    body = re.sub(r'\bd="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path.group()), body)
-    name = html.escape(title, quote=True)
-    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return f'<svg viewBox="{view.group(1) if view else ""}" role="img" aria-label="{name}" {spaces}>{body}'
-
-
-def to_png(chart: Chart, path: Any) -> None:
-    """Write a chart as a PNG on white, with its title."""
-    import matplotlib
-
-    with matplotlib.rc_context({"text.parse_math": False}):  # a name may hold dollar signs
-        figure = draw(chart, LIGHT)
-        figure.suptitle(chart.title, x=0.02, ha="left", fontsize=10, color=LIGHT["--ink"])
-        figure.set_size_inches(5.2, 3.2)
-        figure.savefig(path, format="png", dpi=200, facecolor="#ffffff")
-
-
-def draw(chart: Chart, colours: Mapping[str, str]) -> Figure:
-    """Draw a chart in the colours given for the CSS variables."""
+def draw(chart: Chart) -> Figure:
+    """Draw a chart with matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.7, 2.7), layout="constrained")
     axes = figure.add_subplot()
     for place, line in enumerate(chart.lines):
-        _draw_line(axes, line, colours[_COLOURS[(place if line.colour is None else line.colour) % len(_COLOURS)]])
-    _draw_spreads(axes, chart, colours)
+        _draw_line(axes, line, _COLOURS[(place if line.colour is None else line.colour) % len(_COLOURS)])
+    _draw_spreads(axes, chart)
     if chart.level is not None:
-        axes.axhline(chart.level[0], color=colours[_INK], linewidth=0.8, linestyle=(0, (2, 3)), label=chart.level[1])
+        axes.axhline(chart.level[0], color=_INK, linewidth=0.8, linestyle=(0, (2, 3)), label=chart.level[1])
     if chart.log and any(_wide(line.series) for line in chart.lines):
         axes.set_yscale("log", nonpositive="mask")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # matplotlib's own writes TeX
     elif chart.lines and (constant := _constant(chart)) is not None:
         axes.set_ylim(*sorted((0.0, 2 * constant)) if constant else (-1.0, 1.0))
-    for number, (since, last) in (chart.marks or {}).items():
-        _mark(axes, number, since, last, colours[_MARK])
-    _dress(axes, colours, "step" if chart.lines else "reward")
+    for number, (first, last) in (chart.marks or {}).items():
+        _mark(axes, number, first, last)
+    _dress(axes, "step" if chart.lines else "reward")
     if chart.lines and chart.last:
         axes.set_xlim(-0.02 * chart.last, 1.02 * chart.last)
     return figure
 
 
-def _draw_spreads(axes: Axes, chart: Chart, colours: Mapping[str, str]) -> None:
+def _draw_spreads(axes: Axes, chart: Chart) -> None:
     if not chart.spreads:
         return
     every = [value for spread in chart.spreads for value in spread.values]
@@ -218,19 +174,19 @@ def _draw_spreads(axes: Axes, chart: Chart, colours: Mapping[str, str]) -> None:
     edges = np.linspace(low - margin, high + margin, BINS + 1)
     for spread, colour in zip(chart.spreads, _COLOURS, strict=False):
         shares, _ = np.histogram(spread.values, edges)
-        axes.stairs(shares / max(1, len(spread.values)), edges, color=colours[colour], fill=True, alpha=0.25)
-        axes.stairs(shares / max(1, len(spread.values)), edges, color=colours[colour], label=spread.label)
+        axes.stairs(shares / max(1, len(spread.values)), edges, color=colour, fill=True, alpha=0.25)
+        axes.stairs(shares / max(1, len(spread.values)), edges, color=colour, label=spread.label)
 
 
 def _constant(chart: Chart) -> float | None:
-    """The one value of all lines, or None; rounding is no change that an axis should magnify."""
+    """The one value of all lines, or None; an axis should not magnify rounding."""
     values = np.concatenate([as_arrays(line.series)[1] for line in chart.lines])
     least, greatest = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
     return greatest if greatest - least <= 1e-6 * max(abs(least), abs(greatest)) else None
 
 
 def _wide(series: Series) -> bool:
-    """Whether values span so much that a logarithmic axis has several labels."""
+    """Whether values span enough for a logarithmic axis to have several labels."""
     _, values = as_arrays(series)
     above = values[values > 0]
     return bool(len(above)) and float(above.max()) > 100 * float(above.min())
@@ -263,32 +219,32 @@ def _draw_line(axes: Axes, line: Line, colour: str) -> None:
         axes.plot(*smoothed(line.series), color=colour, linewidth=1.6, label=line.label)
 
 
-def _mark(axes: Axes, number: int, since: int, last: int, colour: str) -> None:
-    if last > since:
-        axes.axvspan(since, last, color=colour, alpha=0.07, linewidth=0)
-    axes.axvline(since, color=colour, linewidth=1.0)
-    axes.annotate(str(number), (since, 1), xycoords=("data", "axes fraction"), xytext=(3, -9), fontsize=9.5,
-                  textcoords="offset points", color=colour, fontweight="bold")  # fmt: skip
+def _mark(axes: Axes, number: int, first: int, last: int) -> None:
+    if last > first:
+        axes.axvspan(first, last, color=_MARK, alpha=0.07, linewidth=0)
+    axes.axvline(first, color=_MARK, linewidth=1.0)
+    axes.annotate(str(number), (first, 1), xycoords=("data", "axes fraction"), xytext=(3, -9), fontsize=9.5,
+                  textcoords="offset points", color=_MARK, fontweight="bold")  # fmt: skip
 
 
-def _dress(axes: Axes, colours: Mapping[str, str], unit: str) -> None:
+def _dress(axes: Axes, unit: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(colours[_GRID])
-    axes.grid(axis="y", color=colours[_GRID], linewidth=0.7)
+    axes.spines["bottom"].set_color(_GRID)
+    axes.grid(axis="y", color=_GRID, linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=colours[_INK], labelsize=9.5, length=0)
+    axes.tick_params(colors=_INK, labelsize=9.5, length=0)
     axes.tick_params(which="minor", labelleft=False, length=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=unit == "step"))
-    axes.set_xlabel(unit, color=colours[_INK], fontsize=9.5, labelpad=1)
+    axes.set_xlabel(unit, color=_INK, fontsize=9.5, labelpad=1)
     axes.margins(x=0.02)
     labels = [text for text in axes.get_legend_handles_labels()[1] if text]
     if labels:
         legend = axes.legend(
             loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=min(3, len(labels)), frameon=False, fontsize=9.5,
-            labelcolor=colours[_INK], handlelength=1.2, columnspacing=1.0, borderaxespad=0.1,
+            labelcolor=_INK, handlelength=1.2, columnspacing=1.0, borderaxespad=0.1,
         )  # fmt: skip
         for text in legend.get_texts():  # a source may be called $x$
             text.set_parse_math(False)

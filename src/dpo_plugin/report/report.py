@@ -14,7 +14,7 @@ from markupsafe import Markup
 from dpo_plugin.errors import DataError
 from dpo_plugin.health.history import History
 from dpo_plugin.report import sections
-from dpo_plugin.report.charts import Chart, to_png, to_svg
+from dpo_plugin.report.charts import Chart, to_svg
 from dpo_plugin.report.page import number, page, percent
 from dpo_plugin.report.panels import FIRST, charts, comparison, ranked
 from dpo_plugin.report.run_folder import RunRecord
@@ -48,17 +48,6 @@ def write_report(runs: Sequence[RunRecord], path: str | Path) -> Path:
     folded = [figure for figure in figures if figure["key"] not in first]
     target.write_text(page(**content, charts=seen, more=folded), encoding="utf-8")
     return target
-
-
-def write_pngs(run: RunRecord, folder: str | Path) -> list[Path]:
-    """Write each chart of a run as a PNG into a folder, named after its field or subject."""
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    written = []
-    for chart in charts(run.history, run.findings, run.rewards):
-        to_png(chart, target / f"{chart.key}.png")
-        written.append(target / f"{chart.key}.png")
-    return written
 
 
 # ── verdict ──

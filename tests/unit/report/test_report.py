@@ -1,7 +1,5 @@
 """Reading what a run left behind, whole or damaged, and the page that is made of it."""
 
-import base64
-import hashlib
 import html
 import json
 import math
@@ -27,20 +25,19 @@ from dpo_plugin.metrics.pair import METRICS
 from dpo_plugin.registry import Names, Registered
 from dpo_plugin.report.charts import (
     BUCKETS,
-    LIGHT,
     Chart,
     Line,
     as_arrays,
     draw,
     smoothed,
     thinned,
-    to_png,
     to_svg,
 )
 from dpo_plugin.report.page import number
 from dpo_plugin.report.panels import MARKED_ON, PANELS, charts, comparison, ranked
-from dpo_plugin.report.report import verdict, write_pngs, write_report
-from dpo_plugin.report.run_folder import LOG, RUN, SAMPLES, STATE, log_text, read_run
+from dpo_plugin.report.report import verdict, write_report
+from dpo_plugin.report.run_files import LOG, RUN, SAMPLES, STATE, log_text
+from dpo_plugin.report.run_folder import read_run
 from dpo_plugin.report.shown import shown_settings, shown_text
 from dpo_plugin.report.spreads import reward_charts
 from dpo_plugin.types import Finding
@@ -81,7 +78,7 @@ def healthy_page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def body(page: str) -> str:
-    return page[page.index("<body>") : page.index("<script>")]
+    return page[page.index("<body>") : page.index("</body>")]
 
 
 # ── reading ──
@@ -156,29 +153,8 @@ def test_a_log_that_was_cut_is_read_up_to_the_cut(tmp_path: Path):
     path.write_text(text[: int(len(text) * 0.6)], encoding="utf-8")
     run = read_run(tmp_path)
     assert 30 < run.history.step < 66
-    assert run.notes == [f"{LOG}: 1 line cut or damaged and left out."]
+    assert run.notes == [f"{LOG}: 1 incomplete or damaged line left out."]
     assert "The log ends at step" in written([run], tmp_path)
-
-
-@pytest.mark.parametrize("share", [0.3, 0.7, 0.95])
-def test_a_trainer_state_that_was_cut_is_read_up_to_the_cut(tmp_path: Path, share: float):
-    lines, _, _ = recorded("healthy")
-    path = state(tmp_path / "checkpoint-66", lines)
-    text = path.read_text(encoding="utf-8")
-    path.write_text(text[: int(len(text) * share)], encoding="utf-8")
-    run = read_run(tmp_path)
-    assert 66 * (share - 0.15) < run.history.step < 66
-    assert re.fullmatch(r"checkpoint-66/trainer_state.json is cut or damaged; \d+ logged lines .*", run.notes[0])
-    assert "cut or damaged" in written([run], tmp_path)
-
-
-def test_where_nothing_is_left_of_the_furthest_checkpoint_the_one_before_is_read(tmp_path: Path):
-    lines, _, _ = recorded("healthy")
-    state(tmp_path / "checkpoint-33", lines[:30])
-    state(tmp_path / "checkpoint-66", lines).write_text('{"best_metric": nu', encoding="utf-8")
-    run = read_run(tmp_path)
-    assert run.read == f"checkpoint-33/{STATE}"
-    assert "checkpoint-66" in run.notes[0]
 
 
 def test_a_folder_without_a_log_is_an_error_that_says_what_to_write(tmp_path: Path):
@@ -195,7 +171,7 @@ def test_damaged_files_beside_the_log_are_said(tmp_path: Path):
     (path / RUN).write_text("[]", encoding="utf-8")
     run = read_run(path)
     assert run.history.audits == []
-    assert run.notes[0] == "data_audit.json is cut or damaged and was left out."
+    assert run.notes[0] == "data_audit.json is incomplete or damaged and was left out."
 
 
 @pytest.mark.parametrize(
@@ -215,19 +191,6 @@ def test_a_settings_file_of_another_make_is_passed_over(tmp_path: Path, run: Any
     assert "8.57" in written([read_run(path)], tmp_path)
 
 
-def test_steps_that_a_resumed_run_took_again_count_once(tmp_path: Path):
-    lines, _, _ = recorded("healthy")
-    again = [{**line, "loss": 9.0} for line in lines if "loss" in line and 21 <= line["step"] <= 30]
-    first = [line for line in lines if line["step"] <= 30]
-    path = folder(tmp_path)
-    (path / LOG).write_text("".join(map(log_text, first + again)), encoding="utf-8")
-    run = read_run(path)
-    loss = run.history["loss"]
-    assert list(loss.steps) == list(range(1, 31))
-    assert loss.values[20:].tolist() == [9.0] * 10
-    assert "before a resume" in run.notes[0]
-
-
 def sft_state(path: Path) -> None:
     state(
         path / "checkpoint-50",
@@ -235,30 +198,8 @@ def sft_state(path: Path) -> None:
     )
 
 
-def logger_names(path: Path) -> None:
-    lines = [
-        {"train/global_step": s, "train/loss": 2 - s / 50, "train/grad_norm": 1.3, "train/learning_rate": 1e-4}
-        for s in range(1, 51)
-    ]
-    (path / "history.jsonl").write_text("".join(map(log_text, lines)), encoding="utf-8")
-
-
-def another_trainer(path: Path) -> None:
-    lines = [
-        {"current_steps": s, "loss": f"{2 - s / 50}", "lr": 1e-4, "grad_norm": 1.3, "elapsed_time": "0:00:01"}
-        for s in range(1, 51)
-    ]
-    (path / "trainer_log.jsonl").write_text("".join(map(log_text, lines)), encoding="utf-8")
-
-
-def no_steps(path: Path) -> None:
-    lines = [{"loss": 2 - s / 50, "lr": 1e-4, "grad_norm": 1.3} for s in range(1, 51)]
-    (path / "log.jsonl").write_text("".join(map(log_text, lines)), encoding="utf-8")
-
-
-@pytest.mark.parametrize("write", [sft_state, logger_names, another_trainer, no_steps])
-def test_logs_of_other_trainers_are_explained_and_drawn(tmp_path: Path, write: Any):
-    write(tmp_path)
+def test_a_trainer_state_without_rewards_is_explained_and_drawn(tmp_path: Path):
+    sft_state(tmp_path)
     run = read_run(tmp_path)
     assert list(run.history["loss"].steps) == list(range(1, 51))
     assert run.history["learning_rate"].values[0] == 1e-4
@@ -332,12 +273,7 @@ def test_the_page_has_everything_and_the_verdict_first(tmp_path: Path):
     assert places == sorted(places)
     for panel in PANELS:
         assert (f'<figure id="{panel.key}"' in page) == (panel.key not in NOT_RECORDED)
-    assert (
-        page.count("<svg ")
-        == page.count("<figcaption>")
-        == page.count("<button>PNG")
-        == len(PANELS) - len(NOT_RECORDED)
-    )
+    assert page.count("<svg ") == page.count("<figcaption>") == len(PANELS) - len(NOT_RECORDED)
 
 
 def test_every_field_is_listed_with_its_last_values(healthy_page: str):
@@ -367,12 +303,9 @@ def test_the_page_needs_no_network(healthy_page: str):
     assert not re.search(r"<link|<img|<iframe|src=\"|@import|url\((?!#)", page)
 
 
-def test_the_pages_own_script_alone_may_run(healthy_page: str):
-    script = re.search(r"<script>(.*?)</script>", healthy_page, flags=re.DOTALL).group(1)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert (
-        f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'\"" in healthy_page
-    )
+def test_no_script_may_run(healthy_page: str):
+    assert "<script" not in healthy_page
+    assert "content=\"default-src 'none'; style-src 'unsafe-inline'\"" in healthy_page
 
 
 def test_the_page_is_for_phones_and_for_the_dark(healthy_page: str):
@@ -382,10 +315,36 @@ def test_the_page_is_for_phones_and_for_the_dark(healthy_page: str):
     assert re.search(r"td\{[^}]*overflow-wrap:anywhere", page)
     assert "prefers-color-scheme: dark" in page
     drawn = "".join(re.findall(r"<svg .*?</svg>", page, flags=re.DOTALL))
-    assert not re.findall(r"(?:stroke|fill): #(?!000000|ffffff)\w+", drawn)  # every colour is a variable of the page
-    assert "width=" not in re.search(r"<svg [^>]*>", drawn).group()
+    assert "fill: #ffffff" not in drawn  # no background of its own
+    assert re.search(r"figure svg\{width:100%", page)
     names = set(re.findall(r"var\((--\w+)\)", page))
     assert all(page.count(f"{name}:#") == 2 for name in names)
+
+
+def contrast(one: np.ndarray, other: np.ndarray) -> float:
+    """The ratio of WCAG 2.2 between two colours, each (3,) in 0..1."""
+    linear = (np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) for c in (one, other))
+    low, high = sorted(float(c @ (0.2126, 0.7152, 0.0722)) for c in linear)
+    return (high + 0.05) / (low + 0.05)
+
+
+def rgb(colour: str) -> np.ndarray:
+    return np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+
+
+def test_every_line_and_label_of_a_chart_stands_out_from_its_card(tmp_path: Path):
+    """3 : 1 as WCAG 2.2 asks of graphics; in the dark, after the page's filter (Filter Effects 1, hueRotate by 180°)."""
+    many = [Line(str(number), series([1.0, 2.0 + number])) for number in range(6)]
+    drawn = to_svg(Chart("a", "a", "", many, (0.0, "zero"), marks={1: (1, 2)}, last=2))
+    page = written([read_run(folder(tmp_path))], tmp_path)
+    assert "figure svg{filter:invert(1) hue-rotate(180deg)}" in page
+    light, dark = re.findall(r"--card:(#\w{6})", page)
+    turn = 2 * np.array([[0.213, 0.715, 0.072]] * 3) - np.eye(3)
+    strokes = set(re.findall(r"(?:stroke|fill): (#\w{6})", drawn)) - {"#000000", "#80868f"}  # unused ticks; the grid
+    assert len(strokes) == 8
+    for colour in map(rgb, strokes):
+        assert contrast(colour, rgb(light)) >= 3
+        assert contrast(np.clip(turn @ (1 - colour), 0, 1), rgb(dark)) >= 3
 
 
 def test_findings_are_listed_and_marked_on_their_curves(tmp_path: Path):
@@ -396,6 +355,12 @@ def test_findings_are_listed_and_marked_on_their_curves(tmp_path: Path):
     for place, finding in enumerate(run.findings, 1):
         figure = re.search(rf'<figure id="{MARKED_ON[finding.check]}".*?</figure>', page, flags=re.DOTALL).group()
         assert re.search(rf"font-weight: (bold|700)[^>]*>{place}</text>", figure)
+
+
+def test_a_logarithmic_axis_has_numbers_and_no_markup():
+    svg = to_svg(Chart("gradient", "Gradient norm", "", [Line("a", series([0.01, 3.0, 500.0]))], log=True))
+    assert {"0.1", "100"} <= set(re.findall(r">([^<]+)</text>", svg))
+    assert "mathdefault" not in svg
 
 
 def test_every_check_has_a_curve_to_be_marked_on():
@@ -463,7 +428,7 @@ def test_no_field_of_a_finding_is_markup(tmp_path: Path, name: str):
     path = folder(tmp_path, findings=[finding])
     (path / "data_audit.json").write_text(json.dumps({"datasets": [{"where": evil, "kept": evil, "cut": None}]}))
     page = written([read_run(path)], tmp_path)
-    assert page.count("<script>") == 1
+    assert "<script" not in page
     assert "alert(1)" not in page.replace("&#34;&gt;&lt;script&gt;alert(1)&lt;/script&gt;", "")
 
 
@@ -485,12 +450,6 @@ def test_several_runs_are_compared(tmp_path: Path):
 def test_a_report_of_nothing_is_an_error(tmp_path: Path):
     with pytest.raises(DataError, match="Write: axolotl dpo report <output_dir>$"):
         write_report([], tmp_path / "r.html")
-
-
-def test_charts_are_written_as_png(tmp_path: Path):
-    files = write_pngs(read_run(folder(tmp_path / "out")), tmp_path / "png")
-    assert {file.stem for file in files} == {panel.key for panel in PANELS} - NOT_RECORDED
-    assert all(file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for file in files)
 
 
 # ── long histories ──
@@ -628,7 +587,7 @@ def test_every_chart_of_a_run_has_one_axis_of_steps():
     history = History(facts, audits)
     for line in lines:
         history.add(line)
-    axes = [draw(chart, LIGHT).axes[0] for chart in charts(history, [])]
+    axes = [draw(chart).axes[0] for chart in charts(history, [])]
     assert {one.get_xlabel() for one in axes} == {"step"}
     assert all(one.get_xlim() == pytest.approx((-1.32, 67.32)) for one in axes)
 
@@ -636,7 +595,7 @@ def test_every_chart_of_a_run_has_one_axis_of_steps():
 @pytest.mark.parametrize("value", [2e-5, 0.0, -3.0])
 def test_what_is_constant_is_drawn_flat(value: float):
     wobble = [value * (1 + 1e-12 * step) for step in range(9)]
-    axes = draw(Chart("rate", "Learning rate", "", [Line("rate", series(wobble))]), LIGHT).axes[0]
+    axes = draw(Chart("rate", "Learning rate", "", [Line("rate", series(wobble))])).axes[0]
     low, high = axes.get_ylim()
     assert (low, high) == pytest.approx((-1, 1) if value == 0 else sorted((0, 2 * value)))
 
@@ -658,7 +617,7 @@ def test_the_rewards_of_pairs_are_drawn_at_the_start_and_the_end(tmp_path: Path)
     drawn = {chart.key: chart for chart in reward_charts(run.rewards)}
     assert list(drawn) == ["rewards-start", "rewards-end"]
     assert "4 held-out pairs by reward, at step 66" in drawn["rewards-end"].caption
-    left, right = (draw(chart, LIGHT).axes[0] for chart in drawn.values())
+    left, right = (draw(chart).axes[0] for chart in drawn.values())
     assert left.get_xlim() == right.get_xlim()
     page = written([run], tmp_path)
     assert page.index('id="rewards-start"') < page.index('id="rewards-end"') < page.index("More curves")
@@ -692,7 +651,7 @@ def test_runs_are_compared_over_beta_and_seen_where_they_coincide(tmp_path: Path
     margins = [10 * margin for margin in runs[0].history["rewards/margins"].values]
     assert list(drawn["all-nats-rewards-margins"].lines[0].series.values) == pytest.approx(margins)
     for key in ("all-loss-loss", "all-nats-rewards-margins"):
-        first, second = draw(drawn[key], LIGHT).axes[0].get_lines()[:2]
+        first, second = draw(drawn[key]).axes[0].get_lines()[:2]
         assert first.get_linewidth() > 2 * second.get_linewidth()
 
 
@@ -715,7 +674,6 @@ def test_answers_are_one_card_per_prompt_latest_first_with_the_users_turn(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["a $x$ b", "$\\frac{1$", "<b>&amp;", "100 %"])
-def test_names_in_charts_are_text(tmp_path: Path, name: str):
+def test_names_in_charts_are_text(name: str):
     chart = Chart("loss", name, "", [Line(name, series([1.0, 2.0]))])
     assert html.escape(name, quote=False) in to_svg(chart)
-    to_png(chart, tmp_path / "a.png")

@@ -20,8 +20,8 @@ from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.metrics.adapter_norms import whole_size
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel
 from dpo_plugin.registry import get_registry
-from dpo_plugin.report.run_folder import LOG as LOG_FILE
-from dpo_plugin.report.run_folder import RUN, log_text
+from dpo_plugin.report.run_files import LOG as LOG_FILE
+from dpo_plugin.report.run_files import RUN, log_text
 from dpo_plugin.report.shown import shown_text
 from dpo_plugin.types import Finding, RunFacts
 

@@ -97,29 +97,25 @@ def preview(config: str, rows: int, split: str, as_json: bool) -> Any:
 @dpo.command()
 @click.argument("runs", nargs=-1, required=True, metavar="OUTPUT_DIR...")
 @click.option("--out", type=click.Path(dir_okay=False), help="HTML file. Default: report.html in the first folder.")
-@click.option(
-    "--png", type=click.Path(file_okay=False), help="Also write each chart of the first run into this folder."
-)
 @click.option("--json", "as_json", is_flag=True, help="Print verdict, findings and files as JSON.")
 @report_errors
-def report(runs: tuple[str, ...], out: str | None, png: str | None, as_json: bool) -> Any:
+def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> Any:
     """Write one page about a run, or about several side by side; loads no model."""
     from pathlib import Path
 
     from dpo_plugin.registry import get_registry
-    from dpo_plugin.report.report import verdict, write_pngs, write_report
+    from dpo_plugin.report.report import verdict, write_report
     from dpo_plugin.report.run_folder import read_run
 
     checks = get_registry().health_checks
     records = [read_run(run, checks, checks.owner) for run in runs]
     page = write_report(records, out or Path(runs[0]) / "report.html")
-    charts = write_pngs(records[0], png) if png else []
     if as_json:
         found = [
             {"run": run.name, "verdict": verdict(run)[0], "findings": [one.to_dict() for one in run.findings]}
             for run in records
         ]
-        return {"report": str(page), "charts": [str(chart) for chart in charts], "runs": found}
+        return {"report": str(page), "runs": found}
     said = [f"{run.name}: {verdict(run)[1]}" for run in records]
     return [*said, *(note for run in records for note in run.notes), f"report: {page}"]
 
