@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticUseDefault
 
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.validation import Folder, Number, Text, message
@@ -45,34 +46,31 @@ class ReferenceConfig(_Section):
     ema_steps: int = Field(default=512, ge=1, description="Strategy ema: optimizer steps between updates.")
 
 
+def _null_is_default(value: Any) -> Any:
+    if value is None:
+        raise PydanticUseDefault
+    return value
+
+
+_Column = Annotated[Text, BeforeValidator(_null_is_default, json_schema_input_type=Text | None)]
+
+
 class ColumnsConfig(_Section):
     """Column names of the data, where they differ from the usual; each is a column of every data set."""
 
-    chosen: Text | None = Field(
-        default=None, examples=["chosen"], description="Preferred conversation or answer. Default: chosen."
+    chosen: _Column = Field(default="chosen", description="Preferred conversation or answer.")
+    rejected: _Column = Field(default="rejected", description="The other one.")
+    prompt: _Column = Field(default="prompt", description="Prompt, text or messages.")
+    messages: _Column = Field(default="messages", description="Shared history.")
+    question: _Column = Field(default="question", description="Question.")
+    system: _Column = Field(default="system", description="System message; may be absent or empty.")
+    source: _Column = Field(default="source", description="Where a row comes from; may be absent.")
+    tools: _Column = Field(default="tools", description="Tool definitions; may be absent.")
+    template_kwargs: _Column = Field(
+        default="chat_template_kwargs", description="Chat template arguments of a row; may be absent."
     )
-    rejected: Text | None = Field(default=None, examples=["rejected"], description="The other one. Default: rejected.")
-    prompt: Text | None = Field(
-        default=None, examples=["prompt"], description="Prompt, text or messages. Default: prompt."
-    )
-    messages: Text | None = Field(default=None, examples=["messages"], description="Shared history. Default: messages.")
-    question: Text | None = Field(default=None, examples=["question"], description="Question. Default: question.")
-    system: Text | None = Field(default=None, examples=["system"], description="System message. Default: system.")
-    source: Text | None = Field(
-        default=None, examples=["source"], description="Where a row comes from. Default: source."
-    )
-    tools: Text | None = Field(default=None, examples=["tools"], description="Tool definitions. Default: tools.")
-    template_kwargs: Text | None = Field(
-        default=None,
-        examples=["chat_template_kwargs"],
-        description="Chat template arguments of a row. Default: chat_template_kwargs.",
-    )
-    role: Text | None = Field(
-        default=None, examples=["role"], description="Key of a message's role. Default: role, or from."
-    )
-    content: Text | None = Field(
-        default=None, examples=["content"], description="Key of a message's text. Default: content, or value."
-    )
+    role: _Column = Field(default="role", description="Key of a message's role; ShareGPT's from is known too.")
+    content: _Column = Field(default="content", description="Key of a message's text; ShareGPT's value is known too.")
 
 
 Role = Literal["system", "user", "assistant", "tool", "developer"]

@@ -4,6 +4,8 @@
 moving and shrinking them changes nothing that anybody writes. Left out of it:
 
 - descriptions, whose wording is free;
+- the defaults of ``data.columns``: they were null, which meant the usual name, as the descriptions said, and are that name
+  now; null still means it;
 - ``--png`` of ``axolotl dpo report``, the one option that was given up on purpose: each chart of the page is an SVG that a
   browser saves or prints, and nothing read the PNG files.
 
@@ -32,7 +34,14 @@ GIVEN_UP = {("report", "png")}
 def section() -> Any:
     """JSON schema of ``dpo_plugin:`` with every reference put in place, so that the names of our classes do not count."""
     schema = DPOPluginConfig.model_json_schema()
-    return without_wording(schema, schema["$defs"])
+    found = without_wording(schema, schema["$defs"])
+    for column in columns_of(found).values():
+        del column["default"]
+    return found
+
+
+def columns_of(schema: Any) -> dict[str, Any]:
+    return schema["properties"]["data"]["properties"]["columns"]["properties"]
 
 
 def without_wording(part: Any, definitions: dict[str, Any]) -> Any:
@@ -79,6 +88,15 @@ def surface() -> dict[str, Any]:
 
 
 BEFORE = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
+
+
+def test_null_is_the_usual_name_of_a_column_as_when_it_was_the_default():
+    columns = columns_of(BEFORE["section"])
+    nulls = DPOPluginConfig.model_validate({"data": {"columns": dict.fromkeys(columns)}})
+    assert nulls.data.columns.model_dump() == {
+        **{name: name for name in columns},
+        "template_kwargs": "chat_template_kwargs",
+    }
 
 
 @pytest.mark.parametrize("part", ["section", "commands", "hooks", "registered", "package"])

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
+from dpo_plugin.config import ColumnsConfig
 from dpo_plugin.data.audit import EMPTY, IDENTICAL
 from dpo_plugin.errors import RowError
 from dpo_plugin.types import Message, PreferencePair, RenderedPair
@@ -29,37 +30,10 @@ ROLES: Mapping[str, str] = {
 _EXTRAS = ("reasoning_content", "tool_calls", "tool_call_id", "name")
 
 
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """What the columns and roles of a data set are called.
+class Columns(ColumnsConfig):
+    """What the columns of a data set are called, and ``roles``: role names found in the data → the template's roles."""
 
-    Attributes:
-        chosen: Column of the preferred conversation or answer.
-        rejected: Column of the other one.
-        prompt: Column of the prompt, text or messages.
-        messages: Column of the shared history.
-        question: Column of the question.
-        system: Column of the system message; may be absent or empty.
-        source: Column that says where a row comes from; may be absent.
-        tools: Column of tool definitions; may be absent.
-        template_kwargs: Column of further chat template arguments; may be absent.
-        role: Key of a message's role; ShareGPT's ``from`` is known too.
-        content: Key of a message's text; ShareGPT's ``value`` is known too.
-        roles: Role names found in the data → the template's roles.
-    """
-
-    chosen: str = "chosen"
-    rejected: str = "rejected"
-    prompt: str = "prompt"
-    messages: str = "messages"
-    question: str = "question"
-    system: str = "system"
-    source: str = "source"
-    tools: str = "tools"
-    template_kwargs: str = "chat_template_kwargs"
-    role: str = "role"
-    content: str = "content"
-    roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
+    roles: Mapping[str, str] = ROLES
 
 
 PreferenceFormat = Callable[[Mapping[str, Any], Columns], PreferencePair | RenderedPair]
@@ -76,7 +50,7 @@ def conversations(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
     """
     chosen = _messages(row, columns.chosen, columns)
     rejected = _messages(row, columns.rejected, columns)
-    shared = _common_prefix(chosen, rejected)
+    shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
     if shared in (len(chosen), len(rejected)):
         raise RowError("chosen and rejected are equal, or one is the beginning of the other", IDENTICAL)
     if not any(message["role"] == "user" for message in chosen[:shared]):
@@ -105,8 +79,7 @@ def prompt_answers(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
     Raises:
         RowError: If a column is missing, of another type, or empty.
     """
-    history = _history(row, columns.prompt, columns)
-    return _pair(row, columns, history, *_answers(row, columns))
+    return _answered(row, columns, columns.prompt)
 
 
 def messages_answers(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
@@ -115,8 +88,7 @@ def messages_answers(row: Mapping[str, Any], columns: Columns) -> PreferencePair
     Raises:
         RowError: If a column is missing, of another type, or empty.
     """
-    history = _history(row, columns.messages, columns)
-    return _pair(row, columns, history, *_answers(row, columns))
+    return _answered(row, columns, columns.messages)
 
 
 def question_answers(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
@@ -125,8 +97,7 @@ def question_answers(row: Mapping[str, Any], columns: Columns) -> PreferencePair
     Raises:
         RowError: If a column is missing, of another type, or empty.
     """
-    history = _history(row, columns.question, columns)
-    return _pair(row, columns, history, *_answers(row, columns))
+    return _answered(row, columns, columns.question)
 
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -221,24 +192,20 @@ def _pair(
         raise RowError("chosen and rejected are equal", IDENTICAL)
     kwargs = _parsed(row.get(columns.template_kwargs), columns.template_kwargs, Mapping) or {}
     tools = _parsed(row.get(columns.tools), columns.tools, Sequence)
-    return PreferencePair(
-        prompt,
-        chosen,
-        rejected,
-        source=_source(row, columns),
-        tools=tools or None,
-        template_kwargs=_without_none(kwargs),
-    )
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    return PreferencePair(prompt, chosen, rejected, _source(row, columns), tools or None, given)
+
+
+def _answered(row: Mapping[str, Any], columns: Columns, history: str) -> PreferencePair:
+    answers = (_answer(row, column, columns) for column in (columns.chosen, columns.rejected))
+    return _pair(row, columns, _history(row, history, columns), *answers)
 
 
 def _history(row: Mapping[str, Any], column: str, columns: Columns) -> list[Message]:
     value = row.get(column)
-    if isinstance(value, str):
-        if not value:
-            raise RowError(f"`{column}` is empty")
-        history = [Message(role="user", content=value)]
-    else:
-        history = _messages(row, column, columns)
+    if value == "":
+        raise RowError(f"`{column}` is empty")
+    history = [Message(role="user", content=value)] if isinstance(value, str) else _messages(row, column, columns)
     system = row.get(columns.system)
     if system:
         if not isinstance(system, str):
@@ -249,10 +216,6 @@ def _history(row: Mapping[str, Any], column: str, columns: Columns) -> list[Mess
     if history[-1]["role"] == "assistant":
         raise RowError(f"`{column}` ends with the assistant, so there is nothing to answer")
     return history
-
-
-def _answers(row: Mapping[str, Any], columns: Columns) -> tuple[list[Message], list[Message]]:
-    return _answer(row, columns.chosen, columns), _answer(row, columns.rejected, columns)
 
 
 def _answer(row: Mapping[str, Any], column: str, columns: Columns) -> list[Message]:
@@ -307,23 +270,10 @@ def _parsed(value: Any, column: str, kind: type) -> Any:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise RowError(f"`{column}` is text that is no JSON: {error}") from error
+            raise RowError(f"`{column}` is text that is not valid JSON: {error}") from error
     if value and (isinstance(value, str) or not isinstance(value, kind)):
         raise RowError(f"`{column}` is {type(value).__name__}, not a {kind.__name__.lower()}")
     return value
-
-
-def _without_none(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in mapping.items() if value is not None}
-
-
-def _common_prefix(first: Sequence[Message], second: Sequence[Message]) -> int:
-    length = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        length += 1
-    return length
 
 
 def _source(row: Mapping[str, Any], columns: Columns) -> str:

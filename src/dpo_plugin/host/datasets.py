@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,17 +119,12 @@ def preparation(cfg: Any, settings: RunSettings, entry: Mapping[str, Any], where
 
 def _columns(data: DataConfig, entry: Mapping[str, Any]) -> Columns:
     """Column names: ours by default, then ``dpo_plugin.data``, then the host's keys of the dataset entry."""
-    named = {field.name: getattr(data.columns, field.name, None) for field in fields(Columns) if field.name != "roles"}
     properties = entry.get("message_property_mappings") or {}
-    named |= {
-        "chosen": entry.get("field_chosen") or named["chosen"],
-        "rejected": entry.get("field_rejected") or named["rejected"],
-        "messages": entry.get("field_messages") or named["messages"],
-        "role": properties.get("role") or named["role"],
-        "content": properties.get("content") or named["content"],
-    }
+    own = {name: entry.get(f"field_{name}") for name in ("chosen", "rejected", "messages")}
+    own |= {name: properties.get(name) for name in ("role", "content")}
+    named = data.columns.model_dump() | {name: column for name, column in own.items() if column}
     roles = {name: role for role, names in (entry.get("roles") or {}).items() for name in names}
-    return Columns(**{name: value for name, value in named.items() if value}, roles={**ROLES, **data.roles, **roles})
+    return Columns(**named, roles={**ROLES, **data.roles, **roles})
 
 
 def _source(cfg: Any, entry: Mapping[str, Any], where: str) -> RowSource:
@@ -174,16 +168,13 @@ def host_strategy(name: str) -> Callable[..., Any]:
     """A host prompt strategy for ``type: dpo_plugin.<name>``, for where the host prepares the data as text."""
 
     def strategy(cfg: Any, dataset_idx: int = 0, **_: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
-        read = get_registry().formats[name]
         data = parse_config(cfg.get("dpo_plugin")).data
-        columns = _columns(data, cfg["datasets"][dataset_idx])
-        refuse = data.special_tokens == "refuse"
-        renderer: list[Renderer] = []
+        read, columns = get_registry().formats[name], _columns(data, cfg["datasets"][dataset_idx])
+        renderer: list[Renderer] = []  # not made here: the host hands the tokenizer to each call alone
 
         def transform(sample: Mapping[str, Any], tokenizer: Any = None) -> dict[str, str]:
             if not renderer:
-                kwargs = cfg.chat_template_kwargs or {}
-                renderer.append(Renderer(tokenizer, template_kwargs=kwargs, refuse_special_tokens=refuse))
+                renderer.append(renderer_of(cfg, {}, tokenizer, data.special_tokens == "refuse"))
             pair = renderer[0].render(read(sample, columns))
             return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
 

@@ -134,7 +134,7 @@ def test_tools_reasoning_and_template_arguments_are_kept():
         ({"prompt": "q", "system": 3, "chosen": "a", "rejected": "b"}, "`system` is int"),
         ({"prompt": "q", "chosen": {"role": "narrator", "content": "a"}, "rejected": "b"}, "unknown role 'narrator'"),
         ({"prompt": "q", "chosen": [bot("a"), user("b")], "rejected": "b"}, "ends with the user"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": "{no json"}, "`tools` is text that is no JSON"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": "{no json"}, "`tools` is text that is not valid JSON"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": {"a": 1}}, "`tools` is dict, not a sequence"),
         ({"chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected": "plain"}, "does not begin with"),
         ({"chosen": "\n\nHuman: Hi\n\nAssistant:", "rejected": "\n\nHuman: Hi\n\nAssistant: b"}, "empty answer"),
