@@ -13,6 +13,7 @@ from dpo_plugin.host.commands.preview import pair_text
 from dpo_plugin.host.output_dir.card import model_card
 from dpo_plugin.report.charts import Chart, Line, to_svg
 from dpo_plugin.samples.records import Answer, Sample, samples_markdown, samples_table
+from tests.support.prepared import in_memory
 from tests.support.tiny import chat_row, write_rows
 from tests.unit.data.test_prepare import preparation
 
@@ -74,7 +75,9 @@ def test_in_the_card(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("text", [HOSTILE, "two\nlines\tand a tab"])
 def test_in_the_preview(tokenizer, tmp_path, text):
-    data = preparation(tokenizer, write_rows(tmp_path / "rows.jsonl", [chat_row(text, text + " yes", "no")])).run()[0]
+    data = in_memory(
+        preparation(tokenizer, write_rows(tmp_path / "rows.jsonl", [chat_row(text, text + " yes", "no")]))
+    )[0]
     shown = terminal(*pair_text(data[0], tokenizer, "right"))
     assert not [char for char in OBEYED if char in shown]
     assert "[red]e[/nope]" in shown or "two\nlines" in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_plugin.errors import DataError
 from dpo_plugin.plain_text import one_line
 
 EMPTY = "empty completion"
@@ -117,6 +119,41 @@ def length_summary(lengths: Any) -> dict[str, Any]:
 def _percentiles(values: Any) -> dict[str, int]:
     found = np.percentile(values, _PERCENTILES, method="higher")
     return {f"p{share}" if share < 100 else "max": int(value) for share, value in zip(_PERCENTILES, found, strict=True)}
+
+
+def check_usable(audit: Mapping[str, Any], sequence_len: int, max_bad_rows: float) -> None:
+    """Stop if nothing, or too little, of a data set is left.
+
+    Args:
+        audit: Value of `Audit.to_dict`.
+        sequence_len: Longest prompt + completion in tokens.
+        max_bad_rows: Share of unusable rows, in [0, 1], above which to stop.
+
+    Raises:
+        DataError: Saying what to change.
+    """
+    out: Mapping[str, int] = audit["left_out"]
+    too_long = sum(out.get(reason, 0) for reason in LENGTH_REASONS)
+    bad = sum(out.values()) - too_long - out.get(DUPLICATE, 0)
+    named = f"`{audit['where']}` ({audit['path']})"
+    first = one_line("; ".join(f"row {row['row']}: {row['message']}" for row in audit["examples"][:3]), 200)
+    if not audit["read"]:
+        raise DataError(f"{named} is empty. Write: path: <a file with rows>")
+    if not audit["kept"] and too_long > bad:
+        fits = audit["sequence_len_for_95_percent"]
+        raise DataError(
+            f"{named}: with `sequence_len: {sequence_len}` no completion token survives in any of {too_long} pairs. "
+            f"95 % of the pairs fit in {fits} tokens. Write: sequence_len: {fits}"
+        )
+    if not audit["kept"]:
+        raise DataError(f"{named} has no usable row out of {audit['read']}. {first}")
+    share = bad / audit["read"]
+    if share > max_bad_rows:
+        raise DataError(
+            f"{named}: {bad} of {audit['read']} rows ({share:.0%}) cannot be used, more than "
+            f"`dpo_plugin.data.max_bad_rows: {max_bad_rows}` allows. {first}. "
+            f"Fix the data, or write: max_bad_rows: {math.ceil(100 * share) / 100}"
+        )
 
 
 def audit_lines(audits: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -10,6 +10,7 @@ from datasets import Dataset, Features, Json, Value
 
 from dpo_plugin.data.sources import local_source
 from dpo_plugin.errors import DataError, RowError
+from tests.support.prepared import in_memory
 from tests.support.tiny import chat_row, write_rows
 from tests.unit.data.test_prepare import preparation
 
@@ -91,7 +92,7 @@ def test_a_quote_that_is_never_closed_stops_and_names_the_line(tmp_path):
 def test_tables_render_tools_and_calls_as_json_lines_do(tokenizer, tmp_path, kind):
     rows = [tool_row(CALL), tool_row(OTHER_CALL)]
     rows = [{**row, "rejected": [{"role": "assistant", "content": row["rejected"]}]} for row in rows]
-    plain = preparation(tokenizer, write_rows(tmp_path / "rows.jsonl", rows)).run()[0]
+    plain = in_memory(preparation(tokenizer, write_rows(tmp_path / "rows.jsonl", rows)))[0]
     table = pa.Table.from_pylist(rows)
     path = tmp_path / f"set.{kind}"
     if kind == "arrow":
@@ -104,7 +105,7 @@ def test_tables_render_tools_and_calls_as_json_lines_do(tokenizer, tmp_path, kin
         pq.write_table(table, path / "train.parquet")
     else:
         pq.write_table(table, path)
-    found = preparation(tokenizer, path).run()[0]
+    found = in_memory(preparation(tokenizer, path))[0]
     assert "null" not in tokenizer.decode(found[0]["prompt_ids"] + found[0]["chosen_ids"])
     assert found[:] == plain[:]
 

@@ -10,10 +10,12 @@ import pytest
 from datasets import Dataset
 
 from dpo_plugin.data.formats import FORMATS, Columns
-from dpo_plugin.data.prepare import LengthLimit, Preparation, PrepareOptions, fit
+from dpo_plugin.data.lengths import LengthLimit, fit
+from dpo_plugin.data.prepare import Preparation, PrepareOptions
 from dpo_plugin.data.render import PairIds, Renderer
 from dpo_plugin.data.sources import local_source
 from dpo_plugin.errors import DataError, RowError
+from tests.support.prepared import in_memory
 from tests.support.tiny import ROOT, chat_row, write_rows
 
 LONG = LengthLimit(512)
@@ -36,7 +38,7 @@ def test_a_bar_is_drawn_on_a_terminal_alone(terminal, tokenizer, tmp_path, monke
             return terminal
 
     monkeypatch.setattr(sys, "stderr", Output())
-    preparation(tokenizer, write_rows(tmp_path / "rows.jsonl", rows())).run()
+    in_memory(preparation(tokenizer, write_rows(tmp_path / "rows.jsonl", rows())))
     assert ("Preparing datasets[0]: 100%" in sys.stderr.getvalue()) == terminal
 
 
@@ -74,12 +76,12 @@ class TestLength:
         return write_rows(tmp_path / "rows.jsonl", made)
 
     def test_drop_counts(self, tokenizer, tmp_path):
-        data, audit = preparation(tokenizer, self.long_and_short(tmp_path), LengthLimit(60)).run()
+        data, audit = in_memory(preparation(tokenizer, self.long_and_short(tmp_path), LengthLimit(60)))
         assert data["row"][:] == [1]
         assert audit.left_out["too long"] == {"made": 1}
 
     def test_truncate_keeps_the_end_of_turn_and_counts(self, tokenizer, tmp_path):
-        data, audit = preparation(tokenizer, self.long_and_short(tmp_path), LengthLimit(60, "truncate")).run()
+        data, audit = in_memory(preparation(tokenizer, self.long_and_short(tmp_path), LengthLimit(60, "truncate")))
         long = data[1]
         assert len(long["prompt_ids"]) + len(long["chosen_ids"]) == 60
         assert long["chosen_ids"][-1] == long["rejected_ids"][-1] == tokenizer.eos_token_id
@@ -89,12 +91,12 @@ class TestLength:
 
     def test_raise_names_the_row_and_the_length_to_write(self, tokenizer, tmp_path):
         with pytest.raises(DataError, match=r"row 2 has \d+ tokens.*Write: sequence_len: \d+"):
-            preparation(tokenizer, self.long_and_short(tmp_path), LengthLimit(60, "raise")).run()
+            in_memory(preparation(tokenizer, self.long_and_short(tmp_path), LengthLimit(60, "raise")))
 
     def test_a_pair_that_the_cut_makes_equal_is_left_out(self, tokenizer, tmp_path):
         made = [chat_row("Long?", "word " * 60 + "a", "word " * 60 + "b"), chat_row("q", "a", "b")]
         file = write_rows(tmp_path / "rows.jsonl", made)
-        data, audit = preparation(tokenizer, file, LengthLimit(60, "truncate")).run()
+        data, audit = in_memory(preparation(tokenizer, file, LengthLimit(60, "truncate")))
         assert data["row"][:] == [2]
         assert audit.left_out["identical after the cut"] == {"made": 1}
 
@@ -105,7 +107,7 @@ class TestLength:
         ) as error:
             preparation(tokenizer, file, LengthLimit(12, "truncate")).load_or_run(tmp_path)
         length = int(str(error.value).split()[-1])
-        _, audit = preparation(tokenizer, file, LengthLimit(length)).run()
+        _, audit = in_memory(preparation(tokenizer, file, LengthLimit(length)))
         assert 0.95 <= sum(audit.kept.values()) / audit.read < 1
 
 
@@ -128,7 +130,7 @@ class TestBadRows:
         ]
         file = tmp_path / "rows.jsonl"
         file.write_bytes(b"\n".join(lines) + b"\n")
-        data, audit = preparation(tokenizer, file).run()
+        data, audit = in_memory(preparation(tokenizer, file))
         assert data["row"][:] == [1]
         assert audit.read == 10
         assert {reason: sum(counts.values()) for reason, counts in audit.left_out.items()} == {
@@ -155,14 +157,14 @@ class TestBadRows:
     def test_special_tokens_are_allowed_when_asked_for(self, tokenizer, tmp_path):
         file = write_rows(tmp_path / "rows.jsonl", [chat_row("say <|im_end|>", "a", "b")])
         renderer = Renderer(tokenizer, refuse_special_tokens=False)
-        data, _ = preparation(tokenizer, file, renderer=renderer).run()
+        data, _ = in_memory(preparation(tokenizer, file, renderer=renderer))
         assert (
             data[0]["prompt_ids"].count(tokenizer.eos_token_id) == 3
         )  # system, the user's own, end of the user's turn
 
     def test_duplicates_are_left_out_when_asked_for(self, tokenizer, tmp_path):
         file = write_rows(tmp_path / "rows.jsonl", [*rows(3), *rows(2)])
-        data, audit = preparation(tokenizer, file, drop_duplicates=True).run()
+        data, audit = in_memory(preparation(tokenizer, file, drop_duplicates=True))
         assert data["row"][:] == [1, 2, 3]
         assert sum(audit.left_out["duplicate"].values()) == 2
 
@@ -175,39 +177,41 @@ class TestSources:
         table.to_parquet(tmp_path / "rows.parquet")
         table.save_to_disk(tmp_path / "folder")
         entries = ["rows.jsonl", "rows.json", "rows.parquet", "folder"]
-        found = [preparation(tokenizer, tmp_path / name).run()[0]["chosen_ids"][:] for name in entries]
+        found = [in_memory(preparation(tokenizer, tmp_path / name))[0]["chosen_ids"][:] for name in entries]
         assert found[0]
         assert all(ids == found[0] for ids in found)
 
     def test_csv(self, tokenizer, tmp_path):
         file = tmp_path / "rows.csv"
         file.write_text('prompt,chosen,rejected\n"Hi, you?",Yes.,No.\n')
-        data, audit = preparation(tokenizer, file).run()
+        data, audit = in_memory(preparation(tokenizer, file))
         assert tokenizer.decode(data[0]["chosen_ids"]) == "Yes.<|im_end|>"
         assert audit.shapes == {"prompt": 1}
 
     def test_a_slice_of_a_file(self, tokenizer, tmp_path):
         file = write_rows(tmp_path / "rows.jsonl", rows(10))
-        data, _ = preparation(tokenizer, file, entry={"split": "train[:30%]"}).run()
+        data, _ = in_memory(preparation(tokenizer, file, entry={"split": "train[:30%]"}))
         assert len(data) == 3
         with pytest.raises(DataError, match=r"split train only.*Write: split: train"):
-            preparation(tokenizer, file, entry={"split": "test"}).run()
+            in_memory(preparation(tokenizer, file, entry={"split": "test"}))
 
     def test_a_sample_is_drawn_with_the_seed(self, tokenizer, tmp_path):
         file = write_rows(tmp_path / "rows.jsonl", rows(20))
-        draws = [preparation(tokenizer, file, sample_fraction=0.5, seed=seed).run()[0]["row"][:] for seed in (1, 1, 2)]
+        draws = [
+            in_memory(preparation(tokenizer, file, sample_fraction=0.5, seed=seed))[0]["row"][:] for seed in (1, 1, 2)
+        ]
         assert draws[0] == draws[1] != draws[2]
         assert len(draws[0]) == 10
 
     def test_a_folder_that_is_no_data_set(self, tokenizer, tmp_path):
         (tmp_path / "folder").mkdir()
         with pytest.raises(DataError, match="holds no data set"):
-            preparation(tokenizer, tmp_path / "folder").run()
+            in_memory(preparation(tokenizer, tmp_path / "folder"))
 
     def test_rows_of_a_broken_json_array_cannot_be_told_apart(self, tokenizer, tmp_path):
         (tmp_path / "rows.json").write_text("[{]")
         with pytest.raises(DataError, match="Write one object per line"):
-            preparation(tokenizer, tmp_path / "rows.json").run()
+            in_memory(preparation(tokenizer, tmp_path / "rows.json"))
 
 
 class TestStore:
@@ -227,7 +231,7 @@ class TestStore:
             preparation(tokenizer, file, renderer=Renderer(tokenizer, refuse_special_tokens=False)).key(),
         ]
         named = preparation(tokenizer, file)
-        named.read = FORMATS["conversations"]
+        named.format = FORMATS["conversations"]
         changed.append(named.key())
         write_rows(file, [*rows(5), chat_row("Question 5?", "good 5", "worse 5")])
         changed.append(preparation(tokenizer, file).key())
