@@ -118,8 +118,7 @@ CHECKS: Mapping[str, Check] = {
     "likelihood_displacement": Check(
         find=learning.likelihood_displacement,
         severity="warning",
-        rule="chosen has lost more nats per token since step 0, and rejected has fallen too; where a log has no such "
-        "field, that share of its log-prob in the first lines",
+        rule="chosen has lost more nats per token since step 0, and rejected has fallen too",
         threshold=0.7,
         window=20,
         source=f"{RAZIN}; ln 2 ≈ 0.7 nats halve the probability of every token",

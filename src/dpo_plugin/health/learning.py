@@ -122,25 +122,18 @@ def accuracy_at_chance(history: History, check: Check) -> Symptom | None:
 
 def likelihood_displacement(history: History, check: Check) -> Symptom | None:
     """How far the log-probs of chosen and rejected have fallen since step 0."""
-    (chosen, unit), (rejected, _) = (_fall(history, side, check) for side in ("chosen", "rejected"))
+    chosen = history["logps/chosen_displacement"].full_tail(check.window)
+    rejected = history["logps/rejected_displacement"].full_tail(check.window)
     if chosen is None or rejected is None or mean(chosen) > -check.threshold or mean(rejected) > 0:
         return None
-    both = mean(chosen), mean(rejected)
-    message = f"the log-probability of chosen has fallen by {-both[0]:.2f} {unit}, of rejected by {-both[1]:.2f}"
+    numbers = {"chosen": mean(chosen), "rejected": mean(rejected)}
+    message = (
+        f"the log-probability of chosen has fallen by {-numbers['chosen']:.2f} nats per token, of rejected by "
+        f"{-numbers['rejected']:.2f}"
+    )
     suggestion = _away_from(history, "dpo_loss_type: [sigmoid, sft] and dpo_loss_weights: [1.0, 0.2]")
     first_step = next(step for step, value in chosen if value <= -check.threshold)
-    return Symptom(first_step, message, {"chosen": both[0], "rejected": both[1]}, suggestion)
-
-
-def _fall(history: History, side: str, check: Check) -> tuple[Points | None, str]:
-    """A side's last changes of log-prob since step 0, and their unit; estimated for logs without that field."""
-    if f"logps/{side}_displacement" in history:
-        return history[f"logps/{side}_displacement"].full_tail(check.window), "nats per token"
-    tail = history[f"logps/{side}"].full_tail(check.window + EARLY)
-    if tail is None:
-        return None, ""
-    first = abs(mean(history[f"logps/{side}"].head(EARLY))) or 1.0
-    return [(step, (value + first) / first) for step, value in tail[-check.window :]], "of its size at first"
+    return Symptom(first_step, message, numbers, suggestion)
 
 
 RISES = 4

@@ -9,7 +9,7 @@ from dpo_plugin.config import SamplesConfig
 from dpo_plugin.data.render import Renderer
 from dpo_plugin.engines.config import EngineSettings
 from dpo_plugin.errors import ConfigError, RowError
-from dpo_plugin.samples.records import read_prompts
+from dpo_plugin.samples.prompts import read_prompts
 from dpo_plugin.types import Message, PreferencePair, RenderedPair
 
 KEY = "dpo_plugin.samples.prompts"

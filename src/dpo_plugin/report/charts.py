@@ -101,14 +101,8 @@ def thinned(series: Series, buckets: int = BUCKETS) -> Values:
     steps, values = as_arrays(series)
     if len(values) <= 2 * buckets:
         return steps, values
-    width = -(-len(values) // buckets)
-    whole = len(values) // width * width
-    rows = values[:whole].reshape(-1, width)
-    least, greatest = rows.argmin(axis=1), rows.argmax(axis=1)
-    starts = np.arange(len(rows)) * width
-    rest = np.arange(whole, len(values))
-    tail = [rest[values[whole:].argmin()], rest[values[whole:].argmax()]] if len(rest) else []
-    picked = np.unique(np.concatenate([starts + least, starts + greatest, tail]).astype(int))
+    parts = np.array_split(np.arange(len(values)), buckets)
+    picked = sorted({int(part[place(values[part])]) for part in parts for place in (np.argmin, np.argmax)})
     return steps[picked], values[picked]
 
 

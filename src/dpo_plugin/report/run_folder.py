@@ -13,7 +13,6 @@ from dpo_plugin.health.history import History
 from dpo_plugin.health.monitor import HealthCheck, replay, switched_on
 from dpo_plugin.report.run_files import AUDIT, RUN, SAMPLES, objects, read_json, read_lines, read_log
 from dpo_plugin.report.shown import shown_settings
-from dpo_plugin.report.spreads import read_rewards
 from dpo_plugin.types import Finding, RunFacts
 
 
@@ -84,7 +83,7 @@ def read_run(
         [row for row in read_lines(folder / SAMPLES, notes) if "prompt" in row],
         read,
         notes,
-        read_rewards(run.get("rewards")),
+        _mapping(run.get("rewards")),
     )
 
 

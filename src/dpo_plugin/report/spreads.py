@@ -1,4 +1,4 @@
-"""How the rewards of single pairs lie at the start of a run and at its end."""
+"""Histograms of the rewards of single pairs at the start of a run and at its end."""
 
 from __future__ import annotations
 
@@ -11,25 +11,8 @@ Rewards = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Prefix of fields → ``start`` and ``end`` → ``step``, ``chosen`` and ``rejected``, rewards of single pairs."""
 
 
-def read_rewards(written: Any) -> Rewards:
-    """What a run wrote of the rewards of single pairs; nothing where it is not of our make."""
-    try:
-        return {
-            str(prefix): {
-                when: {
-                    "step": int(course[when]["step"]),
-                    **{side: [float(value) for value in course[when][side]] for side in ("chosen", "rejected")},
-                }
-                for when in ("start", "end")
-            }
-            for prefix, course in (written or {}).items()
-        }
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return {}
-
-
 def reward_charts(rewards: Rewards) -> Iterator[Chart]:
-    """How the rewards of single pairs lie at the start and at the end, of held-out pairs where there are some."""
+    """Draw the rewards of single pairs at the start and at the end, of held-out pairs where there are some."""
     prefix = next((name for name in rewards if name.startswith("eval")), "")
     course, which = rewards.get(prefix, {}), "held-out" if prefix else "training"
     values = [value for one in course.values() for side in ("chosen", "rejected") for value in one[side]]

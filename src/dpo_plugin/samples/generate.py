@@ -17,7 +17,8 @@ from dpo_plugin.compute.logps import run_model, unwrapped
 from dpo_plugin.compute.step import score_pairs
 from dpo_plugin.model.adapters import PolicyReferenceModel
 from dpo_plugin.model.references import ReferenceStrategy
-from dpo_plugin.samples.records import Answer, Sample, user_turn
+from dpo_plugin.samples.prompts import user_turn
+from dpo_plugin.samples.records import Answer, Sample
 from dpo_plugin.types import CompletionLogps, PairBatch
 
 PROMPTS_AT_ONCE = 8

@@ -309,17 +309,6 @@ def test_no_token_is_seen_from_the_lengths_too():
     assert "rejected" in found["no_completion_tokens"].message
 
 
-def test_displacement_is_seen_in_logs_of_another_trainer():
-    lines = []
-    for line in healthy_lines():
-        kept = {key: value for key, value in line.items() if "displacement" not in key}
-        if "loss" in kept:
-            kept |= {"logps/chosen": -100.0 - kept["step"], "logps/rejected": -90.0 - 2 * kept["step"]}
-        lines.append(kept)
-    found = run(lines, RunFacts())
-    assert set(found) == {"likelihood_displacement"}
-
-
 def test_displacement_of_chosen_alone_or_rejected_alone_is_none():
     one = run(*changed(lambda line: {"logps/chosen_displacement": -1.0, "logps/rejected_displacement": 0.1}))
     other = run(*changed(lambda line: {"logps/chosen_displacement": 0.1, "logps/rejected_displacement": -3.0}))

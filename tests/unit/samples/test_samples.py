@@ -13,17 +13,8 @@ from dpo_plugin.model.adapters import AdapterFolder, attach
 from dpo_plugin.model.references import STRATEGIES, ReferenceStrategy
 from dpo_plugin.samples import generate as answers
 from dpo_plugin.samples.generate import AnswerOptions, Sampler, generate
-from dpo_plugin.samples.records import (
-    Answer,
-    Sample,
-    append_samples,
-    keep_until,
-    prompts_of_pairs,
-    read_prompts,
-    samples_markdown,
-    samples_table,
-    user_turn,
-)
+from dpo_plugin.samples.prompts import prompts_of_pairs, read_prompts, user_turn
+from dpo_plugin.samples.records import Answer, Sample, append_samples, keep_until, samples_markdown, samples_table
 from tests.support import templates, tiny
 
 PROMPTS = [[9, 8, 7], [11, 12, 13, 14, 15, 16, 17, 18], [30], [40, 41, 42, 43]]
@@ -212,7 +203,7 @@ class TestPrompts:
         ("text", "says"),
         [
             (b"", "`x.prompts: .*p.jsonl` is empty. Write: prompts: <"),
-            (b"\xff\xfe", "is no UTF-8 text"),
+            (b"\xff\xfe", "is not UTF-8 text"),
             (b'{"prompt": "a"}\nno', 'line 2 is not JSON.*Write: {"prompt"'),
             (b'{"prompt": ' + b"[" * 100_000, 'line 1 is not JSON.*Write: {"prompt"'),
             (b'{"prompt": "\\ud83d"}', 'line 1 is not JSON.*surrogates.*Write: {"prompt"'),
@@ -220,8 +211,8 @@ class TestPrompts:
             (b'{"prompt": " "}', "line 1 has neither"),
             (b'{"prompt": "a", "messages": []}', "line 1 has neither"),
             (b"[1]", "line 1 has neither.*it has list"),
-            (b'{"messages": [{"role": "user"}]}', "line 1 has a message that is no role"),
-            (b'{"messages": [{"role": "human", "content": "a"}]}', "line 1 has a message that is no role"),
+            (b'{"messages": [{"role": "user"}]}', "line 1 has a message without a role"),
+            (b'{"messages": [{"role": "human", "content": "a"}]}', "line 1 has a message without a role"),
             (b'{"messages": [{"role": "assistant", "content": "a"}]}', "line 1 ends with the assistant's answer"),
         ],
     )

@@ -20,13 +20,12 @@ from dpo_plugin.host.prompts import KEY, check_rendered_as_trained, refusal, ren
 from dpo_plugin.host.templates import renderer_of
 from dpo_plugin.report.run_files import SAMPLES
 from dpo_plugin.samples.generate import AnswerOptions, Sampler
+from dpo_plugin.samples.prompts import prompts_of_pairs, read_prompts
 from dpo_plugin.samples.records import (
     COLUMNS,
     Sample,
     append_samples,
     keep_until,
-    prompts_of_pairs,
-    read_prompts,
     samples_markdown,
     samples_table,
 )

@@ -29,7 +29,8 @@ from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.settings import RunSettings
 from dpo_plugin.host.yaml_keys import read_yaml
 from dpo_plugin.model.adapters import AdapterFolder
-from dpo_plugin.samples.records import Sample, read_prompts, samples_table
+from dpo_plugin.samples.prompts import read_prompts
+from dpo_plugin.samples.records import Sample, samples_table
 
 # One process loads the model, and nothing is logged anywhere.
 _LEFT_OUT = (
