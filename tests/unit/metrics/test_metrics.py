@@ -13,11 +13,8 @@ import torch
 from dpo_plugin.errors import DPOPluginError, RegistrationError
 from dpo_plugin.metrics.aggregates import (
     OTHER_SOURCES,
-    PAIRS_KEPT,
     SOURCES_LOGGED,
     MetricMeans,
-    RewardSample,
-    SourceTally,
     margin_percentiles,
     source_figures,
 )
@@ -211,11 +208,8 @@ def test_sources_have_fields_only_where_there_are_several(sources: Any, fields: 
 
 def test_every_mix_of_a_few_sources_is_told():
     def several(*ranks: list[str]) -> bool:
-        tallies = [SourceTally() for _ in ranks]
-        for tally, names in zip(tallies, ranks, strict=True):
-            if names:
-                tally.add(names, torch.zeros(len(names)))
-        return bool(source_figures([tally.sums() for tally in tallies]))
+        names = [name for rank in ranks for name in rank]
+        return bool(source_figures(names, torch.zeros(len(names))))
 
     names = [f"source {number}" for number in range(40)]
     assert not any(several([name], [name], [], [name]) for name in names)
@@ -248,16 +242,9 @@ def test_without_any_pair_there_is_nothing_and_everything_starts_anew():
     assert metrics.result() == first
 
 
-def test_margins_are_bounded_and_still_spread_over_all_pairs():
-    sample, every = RewardSample(), torch.stack([torch.arange(50_000.0), torch.zeros(50_000)], dim=1)
-    for batch in every.split(7):
-        sample.add(batch)
-        assert sample.kept <= PAIRS_KEPT
-    kept = torch.cat(sample._parts)
-    assert torch.equal(kept, every[:: sample._stride])
-    levels = margin_percentiles(sample.rewards())
-    assert levels["rewards/margins_p10"] == pytest.approx(5_000, rel=0.01)
-    assert levels["rewards/margins_p90"] == pytest.approx(45_000, rel=0.01)
+def test_percentiles_are_of_all_pairs():
+    levels = margin_percentiles(torch.arange(50_001.0))
+    assert list(levels.values()) == [5_000, 25_000, 45_000]
 
 
 def test_displacement_is_against_the_first_line_where_the_reference_is_another():
@@ -366,8 +353,7 @@ def test_no_gradient_is_kept():
     )  # fmt: skip
     metrics = MetricMeans(METRICS)
     metrics.update(made)
-    assert not metrics._sums.requires_grad
-    assert not any(rewards.requires_grad for rewards in metrics._sample._parts)
+    assert not any(table.requires_grad for _, table in metrics._tables)
     assert math.isfinite(metrics.result()["rewards/margins/a"])
 
 
