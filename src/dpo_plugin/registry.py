@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, Generic, TypeVar
 
 import pluggy
@@ -89,7 +90,8 @@ def build_registry(manager: pluggy.PluginManager) -> Registry:
     """Call every hook of a plugin manager once.
 
     Raises:
-        RegistrationError: If a name is taken twice (both owners are named) or a hook does not return a mapping.
+        RegistrationError: If a name is taken twice (both owners are named), a hook does not return a mapping, or a format
+            has the name of a module of the package.
     """
     return Registry(**{field: _collect(manager, hook, kind) for field, (hook, kind) in _KINDS.items()})
 
@@ -109,6 +111,11 @@ def _collect(manager: pluggy.PluginManager, hook: str, kind: str) -> Names:
                 raise RegistrationError(
                     f"{kind} {name!r} is registered twice: by {entries[name].owner!r} and by {owner!r}. "
                     f"Uninstall one of them, or let one choose another name in its {hook}."
+                )
+            if hook == "dpo_preference_formats" and find_spec(f"dpo_plugin.{name}"):
+                raise RegistrationError(
+                    f"{kind} {name!r} of {owner!r} cannot be found as `type: dpo_plugin.{name}`, which is a module of "
+                    f"dpo_plugin. Let {owner} choose another name in its {hook}."
                 )
             entries[name] = Registered(value, owner)
     return Names(kind, entries)

@@ -29,6 +29,15 @@ def test_a_third_party_name_is_found_with_its_owner(hook: str):
     assert names.owner("theirs") == "their-package"
 
 
+@pytest.mark.parametrize("name", ["report", "types"])
+def test_a_format_does_not_hide_behind_a_module_of_the_package(name: str):
+    """The host looks ``type: dpo_plugin.<name>`` up as an attribute of the package, where the package's own comes first."""
+    manager = build_manager()
+    manager.register(provider("dpo_preference_formats", {name: print}), name="their-package")
+    with pytest.raises(RegistrationError, match=rf"'{name}' of 'their-package' .*another name"):
+        build_registry(manager)
+
+
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_name_taken_twice_names_both_owners(hook: str):
     manager = build_manager()
