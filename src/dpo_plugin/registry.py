@@ -90,8 +90,8 @@ def build_registry(manager: pluggy.PluginManager) -> Registry:
     """Call every hook of a plugin manager once.
 
     Raises:
-        RegistrationError: If a name is taken twice (both owners are named), a hook does not return a mapping, or a format
-            has the name of a module of the package.
+        RegistrationError: If a name is taken twice (both owners are named), a hook returns no mapping, or a format has
+            the name of a module of the package.
     """
     return Registry(**{field: _collect(manager, hook, kind) for field, (hook, kind) in _KINDS.items()})
 
