@@ -166,10 +166,10 @@ def check_host_memory(cfg: Mapping[str, Any], settings: RunSettings) -> None:
     """
     if not settings.engine.offloads:
         return
-    from dpo_plugin.plan.planner import host_shortage
+    from dpo_plugin.plan.planner import Planner, this_machine
 
     try:
-        shortage = host_shortage(cfg, "this config", settings.config, settings.engine)
+        shortage = Planner(cfg, "this config", this_machine(), settings.config, settings.engine).host_shortage()
     except ConfigError as error:
         LOG.warning(f"dpo_plugin: whether the host's memory is enough for what is moved to it is not known: {error}")
         return

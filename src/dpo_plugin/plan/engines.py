@@ -1,16 +1,19 @@
-"""Bytes that DDP, ZeRO-3 and FSDP2 hold beside activations."""
+"""Bytes that DDP, ZeRO-3 and FSDP2 hold besides activations; docs/plan.md has sums and sources."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from dpo_plugin.plan.memory import Sizes
+from dpo_plugin.plan.sizes import Sizes
+
+COLUMNS = {"ddp": "DDP", "zero3": "ZeRO-3", "zero3_offload": "ZeRO-3 + CPU", "fsdp2": "FSDP2"}
+"""What is planned, with its heading in the table."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """What decides how a model is held.
+class PlanInput:
+    """What decides how many bytes a model takes on an engine.
 
     Attributes:
         ranks: Processes, one per GPU, on one node.
@@ -37,7 +40,7 @@ class Run:
     second_model: bool = False
 
     def states(self, values: int, width: float) -> int:
-        """Bytes of optimizer states of so many values of so many bytes each."""
+        """Optimizer-state bytes for ``values`` parameters of ``width`` bytes."""
         return int(values * (2 * width if self.moments is None else self.moments))
 
 
@@ -57,8 +60,8 @@ class Zero3:
 
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes that an engine holds; activations and what CUDA itself takes come on top.
+class EngineBytes:
+    """Bytes that an engine holds; activations and CUDA's own memory come on top.
 
     Attributes:
         parts: On each GPU from the second step on, by what it is.
@@ -73,63 +76,88 @@ class Held:
     update: int = 0
 
 
-def linear_bytes(sizes: Sizes, run: Run) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Machine:
+    """GPUs of one node, and bytes of each of them and of the host."""
+
+    gpus: int
+    gpu: int
+    host: int
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes on each GPU, and on the host for all ranks; the values of ``parts`` add up to ``step``."""
+
+    parts: dict[str, int]
+    loss: int
+    load: int
+    step: int
+    host: int
+
+    def limit(self, machine: Machine) -> str | None:
+        """What does not fit, load, step or host; None if all does."""
+        over = {"load": self.load - machine.gpu, "step": self.step - machine.gpu, "host": self.host - machine.host}
+        return next((name for name, excess in over.items() if excess > 0), None)
+
+
+def linear_bytes(sizes: Sizes, given: PlanInput) -> tuple[int, int]:
     """Bytes of the linear weights, and of the states of their quantisation.
 
     NF4 has a maximum per block of 64 weights: fp32, or with double quantisation 8 bits and fp32 per 256 of them
     (arXiv 2305.14314, section 3); 8 bits have an fp32 scale per row (arXiv 2208.07339).
     """
-    if run.bits == 4:
+    if given.bits == 4:
         blocks = [-(-n // 64) for n in sizes.linear]
-        states = sum(b + 4 * -(-b // 256) for b in blocks) if run.double_quant else 4 * sum(blocks)
+        states = sum(b + 4 * -(-b // 256) for b in blocks) if given.double_quant else 4 * sum(blocks)
         return sum(-(-n // 2) for n in sizes.linear), states
-    return (sum(sizes.linear), 4 * sizes.rows) if run.bits == 8 else (sum(sizes.linear) * run.width, 0)
+    return (sum(sizes.linear), 4 * sizes.rows) if given.bits == 8 else (sum(sizes.linear) * given.width, 0)
 
 
-def one_in_full(sizes: Sizes, run: Run) -> int:
+def one_in_full(sizes: Sizes, given: PlanInput) -> int:
     """Bytes of the largest quantised weight in full, as backward makes it (bitsandbytes, MatMul4Bit.backward)."""
-    return max(sizes.linear) * run.width if run.bits else 0
+    return max(sizes.linear) * given.width if given.bits else 0
 
 
-def load_whole(sizes: Sizes, run: Run, upcast: bool) -> int:
+def load_whole(sizes: Sizes, given: PlanInput, upcast: bool) -> int:
     """The most while a rank loads the whole model onto its GPU and attaches the adapters in fp32.
 
     Quantising holds one weight in full (transformers/core_model_loading.py takes no threads then). axolotl takes
     embeddings, norms and head to fp32 and back (axolotl/loaders/model.py, _configure_embedding_dtypes).
     """
-    base = sum(linear_bytes(sizes, run)) + sum(sizes.other) * run.width
-    wider = sum(sizes.other) * (4 - run.width) + max(sizes.other) * run.width if upcast and run.width < 4 else 0
+    base = sum(linear_bytes(sizes, given)) + sum(sizes.other) * given.width
+    wider = sum(sizes.other) * (4 - given.width) + max(sizes.other) * given.width if upcast and given.width < 4 else 0
     adapters = 4 * (sum(sizes.policy) + sum(sizes.reference))
-    return base + max(one_in_full(sizes, run), wider, adapters)
+    return base + max(one_in_full(sizes, given), wider, adapters)
 
 
-def ddp(sizes: Sizes, run: Run) -> Held:
+def ddp(sizes: Sizes, given: PlanInput) -> EngineBytes:
     """Everything on every rank; with more than one rank, gradients once more in DDP's buckets."""
-    base = sum(linear_bytes(sizes, run)) + sum(sizes.other) * (4 if run.stays_fp32 else run.width)
+    base = sum(linear_bytes(sizes, given)) + sum(sizes.other) * (4 if given.stays_fp32 else given.width)
     trained = 4 * sum(sizes.policy) or base
-    second = base if run.second_model else 0
+    second = base if given.second_model else 0
     parts = {
         "base weights": base,
         "reference model": second,
         "adapters": 4 * (sum(sizes.policy) + sum(sizes.reference)),
         "gradients": trained,
-        "optimizer": run.states(sizes.trained, trained / sizes.trained),
-        "communication": trained if run.ranks > 1 else 0,
-        "weight in full": one_in_full(sizes, run),
+        "optimizer": given.states(sizes.trained, trained / sizes.trained),
+        "communication": trained if given.ranks > 1 else 0,
+        "weight in full": one_in_full(sizes, given),
     }
-    return Held(parts, second + load_whole(sizes, run, run.upcast), 0, 0 if run.fused else trained)
+    return EngineBytes(parts, second + load_whole(sizes, given, given.upcast), 0, 0 if given.fused else trained)
 
 
-def zero3(sizes: Sizes, run: Run, zero: Zero3) -> Held:
+def zero3(sizes: Sizes, given: PlanInput, zero: Zero3) -> EngineBytes:
     """Parameters, gradients and optimizer states in equal parts, but not everything.
 
     DeepSpeed partitions ``param.data``, so a quantised weight's states stay whole. So does, beside its partition, a
     parameter of at most ``persistence`` values (parameter_offload.py). Gathered are at most ``live`` values, or
     ``reuse`` that are needed again soon, or the largest, and ``prefetch`` (partitioned_param_coordinator.py).
     """
-    width, ranks, copies = zero.width, run.ranks, 1 + run.second_model
-    linear, states = linear_bytes(sizes, replace(run, width=width))
-    element = {4: run.packed, 8: 1}.get(run.bits or 0, width)
+    width, ranks, copies = zero.width, given.ranks, 1 + given.second_model
+    linear, states = linear_bytes(sizes, replace(given, width=width))
+    element = {4: given.packed, 8: 1}.get(given.bits or 0, width)
     per_value = linear / sum(sizes.linear) / element
     base = [(round(n * per_value), element) for n in sizes.linear] + [(n, width) for n in sizes.other]
     adapters = [(n, width) for n in (*sizes.policy, *sizes.reference)]
@@ -140,32 +168,32 @@ def zero3(sizes: Sizes, run: Run, zero: Zero3) -> Held:
     on_gpu, states_on_gpu = not zero.offload_parameters, not zero.offload_optimizer
     half = width < 4  # then fp32 values, and the fp32 gradient of one sub-group, are kept beside those of half width
     master, gradients = 4 * own * half, width * own + 4 * min(own, zero.sub_group) * half
-    moments = run.states(own, 4)
+    moments = given.states(own, 4)
     parts = {
         "base weights": shard * on_gpu + small + states,
-        "reference model": (shard * on_gpu + small) * run.second_model,
+        "reference model": (shard * on_gpu + small) * given.second_model,
         "adapters": total_adapters // ranks * on_gpu + small_adapters,
         "master weights": master * states_on_gpu,
         "gradients": gradients * states_on_gpu,
         "optimizer": moments * states_on_gpu,
         "communication": copies * min(total - small, window) + width * (zero.bucket + min(sizes.trained, zero.bucket)),
-        "weight in full": one_in_full(sizes, run),
+        "weight in full": one_in_full(sizes, given),
     }
     host = ranks * (copies * shard + total_adapters // ranks) * (not on_gpu)
     host += ranks * (master + gradients + moments) * (not states_on_gpu)
-    if run.bits:  # transformers skips zero.Init for quantised models (modeling_utils.py, get_init_context)
-        load = load_whole(sizes, run, run.upcast)
+    if given.bits:  # transformers skips zero.Init for quantised models (modeling_utils.py, get_init_context)
+        load = load_whole(sizes, given, given.upcast)
     else:
         load = copies * shard * on_gpu + 2 * width * max(n for n, _ in base)
         load += 4 * (sum(sizes.policy) + sum(sizes.reference))
-    return Held(parts, load, host, 4 * own * states_on_gpu * (not run.fused))
+    return EngineBytes(parts, load, host, 4 * own * states_on_gpu * (not given.fused))
 
 
 def _bytes(elements: Iterable[tuple[int, int]]) -> int:
     return sum(number * width for number, width in elements)
 
 
-def fsdp2(sizes: Sizes, run: Run, offload: bool, one_rank_loads: bool) -> Held:
+def fsdp2(sizes: Sizes, given: PlanInput, offload: bool, one_rank_loads: bool) -> EngineBytes:
     """All in equal parts, but quantisation states, embeddings and head, and up to three decoder layers.
 
     Chunks of a 4-bit weight keep its whole states (bitsandbytes, Params4bit). What is in no decoder layer is whole
@@ -174,32 +202,32 @@ def fsdp2(sizes: Sizes, run: Run, offload: bool, one_rank_loads: bool) -> Held:
 
     Args:
         sizes: The model.
-        run: How it is held.
+        given: How it is held.
         offload: Whether shards live on the host.
         one_rank_loads: ``cpu_ram_efficient_loading``; otherwise every rank reads the model.
     """
-    ranks, width, copies, on_gpu = run.ranks, run.width, 1 + run.second_model, not offload
-    linear, states = linear_bytes(sizes, run)
+    ranks, width, copies, on_gpu = given.ranks, given.width, 1 + given.second_model, not offload
+    linear, states = linear_bytes(sizes, given)
     base = linear + sum(sizes.other) * width
     root = (sum(sizes.other) - sizes.layers * sizes.layer_other) * width
     layer = linear * sizes.layer_linear // sum(sizes.linear) + sizes.layer_other * width
     layer += sum(sizes.reference) * width // sizes.layers
     full = not sizes.policy
     trained = (base if full else 4 * sum(sizes.policy)) // ranks
-    moments = run.states(sizes.trained // ranks, width if full else 4)
+    moments = given.states(sizes.trained // ranks, width if full else 4)
     parts = {
         "base weights": base // ranks * on_gpu + states,
-        "reference model": base // ranks * on_gpu * run.second_model,
+        "reference model": base // ranks * on_gpu * given.second_model,
         "adapters": (4 * sum(sizes.policy) + width * sum(sizes.reference)) // ranks * on_gpu,
         "gradients": trained * on_gpu,
         "optimizer": moments * on_gpu,
         "communication": (copies + full) * root + (3 + 2 * full) * layer,
-        "weight in full": one_in_full(sizes, run),
+        "weight in full": one_in_full(sizes, given),
     }
     kept = copies * base + 4 * sum(sizes.policy) + width * sum(sizes.reference)
     host = kept + ranks * (trained + moments) if offload else 0
-    if run.bits:
-        return Held(parts, load_whole(sizes, run, False), host, trained * on_gpu * (not run.fused))
+    if given.bits:
+        return EngineBytes(parts, load_whole(sizes, given, False), host, trained * on_gpu * (not given.fused))
     load = copies * base // ranks * on_gpu + max(2 * max(*sizes.linear, *sizes.other) * width, root, layer)
     reading = copies * base * (1 if one_rank_loads else ranks)
-    return Held(parts, load, max(host, reading), trained * on_gpu * (not run.fused))
+    return EngineBytes(parts, load, max(host, reading), trained * on_gpu * (not given.fused))

@@ -1,8 +1,7 @@
-"""What a YAML says about memory: its engine, adapters and precision, for `dpo_plugin.plan.planner`."""
+"""What a config says about memory: its engine, adapters, precision and longest step."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +11,16 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig
 
-from dpo_plugin.config import ReferenceConfig
+from dpo_plugin.compute import attention
+from dpo_plugin.config import ComputeConfig, ReferenceConfig
 from dpo_plugin.engines.config import SHIPPED, EngineSettings, check_fsdp, offloads
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.model.adapters import POLICY, REFERENCE
-from dpo_plugin.model.references import strategy_name
-from dpo_plugin.plan.engines import Zero3
+from dpo_plugin.model.references import ReferenceStrategy, strategy_name
+from dpo_plugin.plan.activations import Step
+from dpo_plugin.plan.engines import PlanInput, Zero3
 from dpo_plugin.registry import get_registry
 
-ENGINES = {"ddp": "DDP", "zero3": "ZeRO-3", "zero3_offload": "ZeRO-3 + CPU", "fsdp2": "FSDP2"}
 SHIPPED_ZERO3 = Zero3(persistence=1_048_576, prefetch=104_857_600, bucket=104_857_600)
 """The settings of `SHIPPED`, for a config that names no ZeRO-3 of its own."""
 
@@ -112,17 +112,27 @@ def model_config(cfg: Mapping[str, Any]) -> Any:
         ) from error
 
 
+def reference_strategy(cfg: Mapping[str, Any], reference: ReferenceConfig) -> type[ReferenceStrategy]:
+    """The strategy that a config asks for.
+
+    Raises:
+        ConfigError: If it is unknown, or the adapter is of another kind than LoRA.
+    """
+    name = strategy_name(cfg, reference)
+    strategy: type[ReferenceStrategy] = get_registry().reference_strategies.find(name, "dpo_plugin.reference.strategy")
+    return strategy
+
+
 def adapter_configs(cfg: Mapping[str, Any], reference: ReferenceConfig) -> dict[str, LoraConfig]:
     """LoRA settings of policy and reference: those of the adapters' folders where these exist, else the YAML's.
 
     Raises:
         ConfigError: If neither tells them, or the reference strategy is unknown.
     """
-    name = strategy_name(cfg, reference)
+    strategy = reference_strategy(cfg, reference)
     if not cfg.get("adapter"):
         return {}
     policy = _lora(cfg, cfg.get("lora_model_dir"))
-    strategy = get_registry().reference_strategies.find(name, "dpo_plugin.reference.strategy")
     if not strategy.needs_adapter:
         return {POLICY: policy}
     return {POLICY: policy, REFERENCE: _lora(cfg, reference.adapter_dir) if reference.adapter_dir else policy}
@@ -142,20 +152,42 @@ def _lora(cfg: Mapping[str, Any], folder: Any) -> LoraConfig:
     return LoraConfig(r=int(cfg["lora_r"]), target_modules=targets, modules_to_save=saved, task_type="CAUSAL_LM")
 
 
-def check_targets(settings: LoraConfig, base: torch.nn.Module) -> None:
-    """Check that every entry of ``lora_target_modules`` names a module.
+def plan_input(cfg: Mapping[str, Any], column: str, ranks: int, reference: ReferenceConfig) -> PlanInput:
+    """What decides how many bytes a config's model takes on an engine."""
+    optimizer = str(cfg.get("optimizer") or "adamw_torch_fused")
+    quantiser, full = cfg.get("bnb_config_kwargs") or {}, not cfg.get("adapter")
+    bits = 4 if cfg.get("load_in_4bit") else 8 if cfg.get("load_in_8bit") else None
+    storage = getattr(torch, str(quantiser.get("bnb_4bit_quant_storage", "bfloat16")).removeprefix("torch."))
+    plain = cfg.get("attn_implementation") in (None, "eager", "sdpa")
+    return PlanInput(
+        ranks=ranks,
+        bits=bits,
+        double_quant=bool(quantiser.get("bnb_4bit_use_double_quant", True)),
+        packed=storage.itemsize,
+        width=2 if half(cfg) else 4,
+        moments=2 * (1 + 4 / 256) if "8bit" in optimizer else None,  # a byte each, and fp32 per block of 256
+        fused="fused" in optimizer or "8bit" in optimizer,
+        upcast=not (bits == 4 and cfg.get("embeddings_skip_upcast")),
+        stays_fp32=column == "ddp" and full and half(cfg) and plain,
+        second_model=full and reference_strategy(cfg, reference).needs_second_model,
+    )
 
-    Raises:
-        ConfigError: Naming the entry and what there is.
-    """
-    targets, names = settings.target_modules or [], [name for name, _ in base.named_modules()]
-    if isinstance(targets, str):
-        missing = [] if targets == "all-linear" or any(re.fullmatch(targets, name) for name in names) else [targets]
-    else:
-        missing = [one for one in sorted(targets) if not any(f".{name}".endswith(f".{one}") for name in names)]
-    if missing:
-        linear = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
-        raise ConfigError(
-            f"`lora_target_modules` has {missing[0]!r}, which the base model does not have. "
-            f"Write: lora_target_modules: [{', '.join(sorted(linear - {'lm_head'}))}]"
-        )
+
+def longest_step(cfg: Mapping[str, Any], compute: ComputeConfig, config: Any, given: PlanInput, column: str) -> Step:
+    """The longest checkpointed forward: micro_batch_size pairs of 2 × sequence_len, or ``max_tokens``."""
+    length, pairs = int(cfg.get("sequence_len") or 512), int(cfg.get("micro_batch_size") or 1)
+    if (most := compute.max_tokens) is not None:
+        length = min(length, -(-most // 2))
+        pairs = max(1, min(pairs, most // (2 * length)))
+    flat = compute.prefix_sharing is not False and attention.prefix_sharing_blocker(config) is None
+    eager = cfg.get("attn_implementation") == "eager" or cfg.get("eager_attention")
+    return Step(
+        pairs=pairs,
+        length=length,
+        checkpointed=True,
+        attention="eager" if eager else attention.NAME if flat else "sdpa",
+        autocast=given.width == 2 and not column.startswith("zero3"),
+        fp32_adapters=column == "ddp",
+        fp32_others=given.stays_fp32,
+        chunk=compute.logits_chunk,
+    )

@@ -23,10 +23,11 @@ from dpo_plugin.host.commands.cli import dpo
 from dpo_plugin.host.yaml_keys import read_yaml, typed
 from dpo_plugin.model.adapters import POLICY, REFERENCE
 from dpo_plugin.plan import engines as sharding
-from dpo_plugin.plan.engines import Run, Zero3
+from dpo_plugin.plan.activations import LiveBytes, PlannedModel, Step
+from dpo_plugin.plan.engines import PlanInput, Zero3
 from dpo_plugin.plan.inputs import SHIPPED_ZERO3, adapter_configs, zero3_settings
-from dpo_plugin.plan.memory import LiveBytes, Model, Sizes, Step
 from dpo_plugin.plan.planner import CONTEXT, GIB, Machine, Planner, make_plan
+from dpo_plugin.plan.sizes import Sizes
 from dpo_plugin.plan.table import plan_report
 from tests.support.tiny import PROJECTIONS, ROOT
 
@@ -53,13 +54,13 @@ LORA = LoraConfig(r=16, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
 STEP = Step(pairs=1, length=32, checkpointed=False, attention=attention.NAME)
 # Two linear weights, an embedding and a norm, and two adapters of two parameters each.
 HAND = Sizes((65536, 65536), 512, (1000, 3000), (512, 512), (256, 256), 2, 65536, 500, "Layer")
-QLORA = Run(ranks=4, bits=4)
+QLORA = PlanInput(ranks=4, bits=4)
 
 
-def small_model(adapters: bool = True, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Model:
+def small_model(adapters: bool = True, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> PlannedModel:
     config = {**SMALL, **settings}
     config = AutoConfig.for_model(config.pop("model_type"), **config)
-    return Model(config, {POLICY: LORA, REFERENCE: LORA} if adapters else {}, dtype)
+    return PlannedModel(config, {POLICY: LORA, REFERENCE: LORA} if adapters else {}, dtype)
 
 
 # ── parameters ──
@@ -218,7 +219,7 @@ def test_offload_moves_partitions_to_the_host():
 
 def test_zero3_partitions_a_model_that_is_not_quantised_while_it_loads():
     """131072 + 4000 values of 2 bytes over 4 ranks, one weight gathered twice, adapters in fp32."""
-    assert sharding.zero3(HAND, Run(ranks=4), Zero3()).load == 67536 + 2 * 2 * 65536 + 4 * 1536
+    assert sharding.zero3(HAND, PlanInput(ranks=4), Zero3()).load == 67536 + 2 * 2 * 65536 + 4 * 1536
 
 
 def test_fsdp2_by_hand():
@@ -242,14 +243,14 @@ def test_fsdp2_by_hand():
 
 
 def test_fsdp2_without_quantisation_reads_once_or_on_every_rank():
-    once, everywhere = (sharding.fsdp2(HAND, Run(ranks=4), False, loads).host for loads in (True, False))
+    once, everywhere = (sharding.fsdp2(HAND, PlanInput(ranks=4), False, loads).host for loads in (True, False))
     assert (once, everywhere) == (270144, 4 * 270144)
 
 
 def test_full_fine_tuning_holds_a_second_model():
     """bf16: 131072 · 2, and 4000 values that axolotl leaves in fp32; AdamW twice the weights' bytes."""
     full = replace(HAND, policy=(), reference=())
-    held = sharding.ddp(full, Run(ranks=1, stays_fp32=True, second_model=True))
+    held = sharding.ddp(full, PlanInput(ranks=1, stays_fp32=True, second_model=True))
     weights = 262144 + 16000
     assert [held.parts[part] for part in ("base weights", "reference model", "gradients")] == [weights] * 3
     assert held.parts["optimizer"] == 2 * weights
@@ -497,6 +498,6 @@ def test_no_weight_is_read_and_none_is_made(tmp_path, monkeypatch):
 
 
 def test_the_arithmetic_loads_neither_axolotl_nor_trl():
-    code = "import sys, dpo_plugin.plan.memory; print(*{name.split('.')[0] for name in sys.modules})"
+    code = "import sys, dpo_plugin.plan.planner; print(*{name.split('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"axolotl", "trl"} & set(done.stdout.split())

@@ -1,8 +1,7 @@
-"""Memory of a DPO run in bytes, from the model's configuration alone; no weight is read, nothing is allocated.
+"""Bytes of a micro-batch's activations, from the model's configuration alone; no weight is read, nothing is allocated.
 
-Parameters are counted on a meta-device model. Activations are not estimated: the real forward, reference forward, loss
-and backward run on fake tensors, which have a shape and no data, while every storage that lives is added up; layers
-are alike, so two depths are enough. What an engine holds of it all is arithmetic. docs/plan.md has sums and sources.
+They are not estimated: the real forward, reference forward, loss and backward run on fake tensors, which have a shape
+and no data, while every live storage is added up. Layers are alike, so two depths are enough.
 """
 
 from __future__ import annotations
@@ -16,15 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import get_keys_to_not_convert
 
 from dpo_plugin.compute import attention
 from dpo_plugin.compute.batching import PairCollator, to_pair_batch
@@ -32,107 +27,16 @@ from dpo_plugin.compute.lm_head import ForwardOptions
 from dpo_plugin.compute.logps import completion_logps, pair_logps, run_model, scores_in_head
 from dpo_plugin.compute.losses import LossOptions, sigmoid
 from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel
+from dpo_plugin.plan.sizes import Sizes, check_targets, count, on_meta, quantisable
 from dpo_plugin.types import CompletionLogps, PairBatch
 
 DEPTHS = (2, 3)
 """Layers of the models that are run on fake tensors; the difference is what a layer adds."""
 
 
-# ── parameters ──
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Values per parameter.
-
-    Attributes:
-        linear: Weights that bitsandbytes quantises: every linear layer but the head.
-        rows: Output features of all of them.
-        other: The rest of the base model: embeddings, norms, biases, head.
-        policy: The policy adapter; empty for full fine-tuning.
-        reference: The reference adapter; empty if there is none.
-        layers: Decoder layers.
-        layer_linear: Values of one decoder layer that are in ``linear``.
-        layer_other: The same in ``other``.
-        layer_class: Name of the decoder layer's class.
-    """
-
-    linear: tuple[int, ...]
-    rows: int
-    other: tuple[int, ...]
-    policy: tuple[int, ...]
-    reference: tuple[int, ...]
-    layers: int
-    layer_linear: int
-    layer_other: int
-    layer_class: str
-
-    @property
-    def trained(self) -> int:
-        """Parameters that are trained: the policy adapter, or the whole model."""
-        return sum(self.policy) or sum(self.linear) + sum(self.other)
-
-
-def on_meta(config: Any, adapters: Mapping[str, LoraConfig], dtype: torch.dtype, trust: bool = False) -> Any:
-    """The model with its adapters on the meta device.
-
-    Args:
-        config: A transformers config.
-        adapters: LoRA settings of `POLICY` and perhaps of `REFERENCE`; empty for full fine-tuning.
-        dtype: The base model's.
-        trust: transformers' ``trust_remote_code``.
-
-    Raises:
-        ValueError: If transformers has no causal language model for the config, or LoRA does not fit it.
-    """
-    with init_empty_weights(include_buffers=True):  # else every tensor is allocated before it goes to meta
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
-    if not adapters:
-        return base
-    settings = copy.deepcopy(dict(adapters))
-    model = PolicyReferenceModel(base, settings[POLICY], adapter_name=POLICY, low_cpu_mem_usage=True)
-    if REFERENCE in settings:
-        model.add_adapter(REFERENCE, settings[REFERENCE], low_cpu_mem_usage=True)
-    model.bind_switch()
-    model.train_only_policy()
-    return model
-
-
-def count(base: Any, model: Any) -> Sizes:
-    """Count a base model, and the adapters of the same model with adapters."""
-    quantised = {id(module.weight) for module in _quantisable(base)}
-    lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
-    layers = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
-    adapters: dict[str, tuple[int, ...]] = {POLICY: (), REFERENCE: ()}
-    if model is not base:
-        named = list(model.named_parameters())
-        adapters[POLICY] = tuple(p.numel() for _, p in model.policy_parameters())
-        adapters[REFERENCE] = tuple(p.numel() for name, p in named if f".{REFERENCE}." in f"{name}.")
-    return Sizes(
-        linear=tuple(p.numel() for p in base.parameters() if id(p) in quantised),
-        rows=sum(p.shape[0] for p in base.parameters() if id(p) in quantised),
-        other=tuple(p.numel() for p in base.parameters() if id(p) not in quantised),
-        policy=adapters[POLICY],
-        reference=adapters[REFERENCE],
-        layers=len(layers),
-        layer_linear=sum(p.numel() for p in layers[-1].parameters() if id(p) in quantised),
-        layer_other=sum(p.numel() for p in layers[-1].parameters() if id(p) not in quantised),
-        layer_class=type(layers[-1]).__name__,
-    )
-
-
-def _quantisable(base: Any) -> list[Any]:
-    """The modules that transformers replaces by bitsandbytes': all linear ones but the head and what is tied to it."""
-    kept = set(get_keys_to_not_convert(base))
-    return [m for name, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D) and name not in kept]
-
-
-# ── activations ──
-
-
 @dataclass(frozen=True)
 class Step:
-    """What the activations of one micro-batch depend on, beside the model.
+    """What the activations of one micro-batch depend on, besides the model.
 
     Attributes:
         pairs: Pairs in a forward.
@@ -178,7 +82,7 @@ class Activations:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operations make, while they live; what existed before does not count."""
+    """Adds up the storages that operations make while they live; existing ones do not count."""
 
     def __init__(self, before: Iterable[Tensor]):
         super().__init__()  # type: ignore[no-untyped-call]
@@ -186,7 +90,7 @@ class LiveBytes(TorchDispatchMode):
         self._seen = {tensor.untyped_storage()._cdata for tensor in before}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and see what it returns."""
+        """Run an operation and count the storages of its results."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -206,14 +110,14 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
     def restart(self) -> int:
-        """Give the peak so far and begin a new one."""
+        """Return the peak so far and begin a new one."""
         before, self.peak = self.peak, self.live
         return before
 
 
 @dataclass
-class Model:
-    """A model to be planned; the arguments are those of `on_meta`."""
+class PlannedModel:
+    """A model to plan for; the arguments are those of `on_meta`."""
 
     config: Any
     adapters: Mapping[str, LoraConfig]
@@ -224,16 +128,18 @@ class Model:
 
     def __post_init__(self) -> None:
         base = on_meta(self.config, {}, self.dtype, self.trust)
+        for settings in self.adapters.values():
+            check_targets(settings, base)
         self.sizes = count(base, on_meta(self.config, self.adapters, self.dtype, self.trust) if self.adapters else base)
 
     def activations(self, step: Step, layers: int | None = None) -> Activations:
-        """Bytes of a step, extrapolated from `DEPTHS` to the model's layers, or to another number of them."""
+        """Bytes of a step, extrapolated from `DEPTHS` to all layers of the model, or to ``layers``."""
         few, more = (dataclasses.astuple(self.at_depth(step, depth)) for depth in DEPTHS)
         further = (self.sizes.layers if layers is None else layers) - DEPTHS[0]
         return Activations(*(a + further * (b - a) for a, b in zip(few, more, strict=True)))
 
     def at_depth(self, step: Step, layers: int) -> Activations:
-        """Bytes of a step of the same model with so many layers, run on fake tensors."""
+        """Bytes of a step of the same model cut to ``layers`` layers, run on fake tensors."""
         if (step, layers) not in self._known:
             config, adapters = copy.deepcopy((self.config, dict(self.adapters)))
             config.num_hidden_layers = layers
@@ -246,9 +152,9 @@ class Model:
 
 
 def run_on_fakes(model: Any, step: Step) -> Activations:
-    """Policy forward, reference forward, loss and backward of one micro-batch, on fake tensors.
+    """Run policy forward, reference forward, loss and backward of one micro-batch on fake tensors.
 
-    Gradients are there before, as from the second micro-step on, so that only what comes and goes is counted.
+    Gradients exist beforehand, as from the second micro-step on, so that only what comes and goes is counted.
 
     Args:
         model: From `on_meta`; its parameters are replaced.
@@ -282,8 +188,8 @@ def run_on_fakes(model: Any, step: Step) -> Activations:
 
 
 def _fill(model: Any, base: Any, step: Step) -> None:
-    """Give parameters fake tensors of the dtype that they have in the forward, and gradients to those that train."""
-    linear = {id(module.weight) for module in _quantisable(base)}
+    """Give parameters fake tensors of their dtype in the forward, and gradients to the trainable ones."""
+    linear = {id(module.weight) for module in quantisable(base)}
     dtype = next(base.parameters()).dtype
     made: dict[int, nn.Parameter] = {}
     for name, module in model.named_modules():
@@ -300,7 +206,7 @@ def _fill(model: Any, base: Any, step: Step) -> None:
 
 
 def _longest_batch(step: Step, fake: FakeTensorMode) -> PairBatch:
-    """Pairs that share one token: twice ``length`` each, nearly all completion, which is the most in either layout."""
+    """Make pairs that share one token: 2 × ``length`` each, nearly all completion, the most in either layout."""
     sides = {"chosen_ids": [1] * (step.length - 1), "rejected_ids": [2] * (step.length - 1)}
     batch = to_pair_batch(
         PairCollator(0, flat=step.attention == attention.NAME)([{"prompt_ids": [0], **sides}] * step.pairs)
