@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from pydantic import (
 )
 
 from dpo_plugin.errors import AdapterError
+from dpo_plugin.model.inits import check_saved_init
 
 _KNOWN = {field for field in LoraConfig.__dataclass_fields__ if not field.startswith("_")} | {"peft_type"}
 
@@ -37,7 +39,7 @@ _Names = list[StrictStr] | StrictStr | None
 
 
 class _LoraSettings(BaseModel):
-    """What of it decides the adapter's function, with PEFT's types."""
+    """The keys that decide what the adapter computes, with PEFT's types."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -62,7 +64,7 @@ class _LoraSettings(BaseModel):
 
 
 def read_adapter_config(file: Path) -> dict[str, Any]:
-    """The contents of an ``adapter_config.json`` that PEFT can use as it stands.
+    """Read an ``adapter_config.json`` and check that PEFT would use it as written.
 
     Raises:
         AdapterError: Naming the key that cannot be what PEFT wrote; a kind other than LORA is left to the caller.
@@ -91,3 +93,33 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise AdapterError(f"{file} cannot be used: {str(error)[:200]}. Save the adapter again.") from error
     return config
+
+
+def check_supported(config: Mapping[str, Any], key: str, folder: Path) -> None:
+    """Check that policy and reference can be adapters of this kind on one base.
+
+    Args:
+        config: What `read_adapter_config` returned.
+        key: The YAML key that named the adapter.
+        folder: The adapter's folder.
+
+    Raises:
+        AdapterError: If they cannot, with what to write instead.
+    """
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(
+            f"`{key}: {folder}` is a {kind} adapter. Only LoRA is supported: policy and reference share one base. "
+            f"Write: {key}: <folder of a LoRA adapter>"
+        )
+    check_saved_init(config.get("init_lora_weights"), key, folder)
+    merge = "Merge it into the base and write: adapter: lora, without lora_model_dir"
+    if (bias := config.get("bias", "none")) != "none":
+        raise AdapterError(
+            f"`{key}: {folder}` trains biases (bias: {bias}), which live in the base model that policy and reference "
+            f"share. {merge}"
+        )
+    if config.get("target_parameters"):
+        raise AdapterError(
+            f"`{key}: {folder}` uses target_parameters, of which PEFT holds one per model (peft #3340). {merge}"
+        )

@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dpo_plugin.errors import AdapterError
-from dpo_plugin.model.adapter_config import read_adapter_config
-from dpo_plugin.model.inits import check_fresh_init, check_saved_init
+from dpo_plugin.model.adapter_config import check_supported, read_adapter_config
+from dpo_plugin.model.inits import check_fresh_init
 from dpo_plugin.model.modules_to_save import hold_in_fp32
 
 # PEFT saves the adapter called "default" into the folder itself and any other into a folder of its own.
@@ -33,7 +33,6 @@ POLICY = "default"
 REFERENCE = "reference"
 
 _T = TypeVar("_T")
-
 
 _PEFT_ERRORS = (AttributeError, ImportError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError)
 """What PEFT raises for an adapter that does not fit or is damaged."""
@@ -87,20 +86,21 @@ class PolicyReferenceModel(PeftModelForCausalLM):  # type: ignore[misc]
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of all adapters, modules_to_save included."""
-        return ((name, p) for name, p in self.named_parameters() if _in_adapter(name))
+        parts = (".lora_", ".modules_to_save.", ".trainable_tokens_")
+        return ((name, p) for name, p in self.named_parameters() if any(part in name for part in parts))
 
     def policy_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of the policy adapter, modules_to_save included."""
         return ((name, p) for name, p in self.adapter_parameters() if f".{POLICY}." in f"{name}.")
 
     def train_only_policy(self, trainable: bool = True) -> None:
-        """Let the policy adapter be trained and nothing else; or nothing at all."""
+        """Train the policy adapter and nothing else; or nothing at all."""
         self.requires_grad_(False)
         for _, parameter in self.policy_parameters():
             parameter.requires_grad_(trainable)
 
     def name_base(self, name: str, revision: str | None) -> None:
-        """Let the saved ``adapter_config.json`` name the base model that is loaded, and its revision."""
+        """Write the loaded base model and its revision into the ``adapter_config.json`` that is saved."""
         config = self.peft_config[POLICY]
         config.base_model_name_or_path, config.revision = name or config.base_model_name_or_path, revision
 
@@ -115,10 +115,6 @@ class PolicyReferenceModel(PeftModelForCausalLM):  # type: ignore[misc]
         """Save the policy adapter alone, as PEFT does, unless others are asked for."""
         chosen = list(selected_adapters) if selected_adapters is not None else [POLICY]
         super().save_pretrained(save_directory, *args, selected_adapters=chosen, **kwargs)
-
-
-def _in_adapter(name: str) -> bool:
-    return ".lora_" in name or ".modules_to_save." in name or ".trainable_tokens_" in name
 
 
 @dataclass(frozen=True)
@@ -140,7 +136,7 @@ class AdapterFolder:
         """Read the config of an adapter folder.
 
         Raises:
-            AdapterError: If the folder or its config is missing, or it is no LoRA that can be held twice.
+            AdapterError: If a file is missing or damaged, or policy and reference cannot share a base with it.
         """
         folder = Path(path).expanduser()
         if not folder.is_dir():
@@ -151,8 +147,7 @@ class AdapterFolder:
             hint = f"{folder / inside[-1]}" if inside else "<folder with adapter_config.json>"
             raise AdapterError(f"`{key}: {path}` holds no adapter_config.json. Write: {key}: {hint}")
         config = read_adapter_config(file)
-        if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
-            raise AdapterError(f"`{key}: {path}` holds no adapter_model.safetensors. Save the adapter again.")
+        check_supported(config, key, folder)
         weights = folder / "adapter_model.safetensors"
         if weights.is_file():
             try:
@@ -160,25 +155,9 @@ class AdapterFolder:
                     pass
             except SafetensorError as error:
                 raise AdapterError(f"{weights} is damaged or cut off ({error}). Save the adapter again.") from error
-        adapter = cls(folder, config, key)
-        adapter._refuse_what_cannot_be_held_twice()
-        return adapter
-
-    def _refuse_what_cannot_be_held_twice(self) -> None:
-        kind = self.config.get("peft_type")
-        if kind != "LORA":
-            raise AdapterError(f"`{self.key}: {self.path}` is a {kind} adapter; only LORA adapters are supported.")
-        check_saved_init(self.config.get("init_lora_weights"), self.key, self.path)
-        if self.config.get("bias", "none") != "none":
-            raise AdapterError(
-                f"`{self.key}: {self.path}` trains biases (bias: {self.config['bias']}), which live in the base model "
-                "and cannot be held twice. Merge it into the base and write: adapter: lora, without lora_model_dir"
-            )
-        if self.config.get("target_parameters"):
-            raise AdapterError(
-                f"`{self.key}: {self.path}` uses target_parameters, of which PEFT holds one per model (peft #3340). "
-                "Merge it into the base and write: adapter: lora, without lora_model_dir"
-            )
+        elif not weights.with_suffix(".bin").is_file():
+            raise AdapterError(f"`{key}: {path}` holds no {weights.name}. Save the adapter again.")
+        return cls(folder, config, key)
 
 
 def attach(
@@ -231,7 +210,7 @@ def _wrap(base: nn.Module, config: LoraConfig, folder: AdapterFolder | None) -> 
 
 
 def _load(model: PolicyReferenceModel, folder: AdapterFolder, name: str) -> None:
-    """Load an adapter's file; each of its tensors must have a place, and each of the adapter's a tensor."""
+    """Load an adapter's file and check that every tensor in it has a place, and every place a tensor."""
     try:
         result = model.load_adapter(str(folder.path), name, is_trainable=name == POLICY, torch_device="cpu")
     except _PEFT_ERRORS as error:
@@ -246,16 +225,12 @@ def _check_attached(model: PolicyReferenceModel, folder: AdapterFolder, name: st
     """Compare each tensor of an adapter's file with the attached one, once all adapters are loaded."""
     attached = get_peft_model_state_dict(model, adapter_name=name)
     for key, expected in without_copies(load_peft_weights(str(folder.path), device="cpu")).items():
+        named = f"`{folder.key}: {folder.path}`: tensor {key}"
         if not expected.isfinite().all():
-            raise AdapterError(
-                f"`{folder.key}: {folder.path}`: tensor {key} has values that are not finite. Train it anew."
-            )
+            raise AdapterError(f"{named} has values that are not finite. Train it again.")
         found = attached.get(key)
         if found is None or not torch.equal(found.detach().cpu(), expected.to(found.dtype)):
-            raise AdapterError(
-                f"`{folder.key}: {folder.path}`: tensor {key} was not attached as it is on disk. The file may be "
-                "damaged; save the adapter again."
-            )
+            raise AdapterError(f"{named} was not attached as it is on disk. It may be damaged; save the adapter again.")
 
 
 def without_copies(tensors: Mapping[str, _T]) -> dict[str, _T]:
@@ -283,8 +258,7 @@ def _misfit(folder: AdapterFolder | None, reason: str) -> AdapterError:
 
 def adapter_tensors(model: PolicyReferenceModel, name: str) -> dict[str, Tensor]:
     """The tensors of one adapter under the keys of its file."""
-    tensors: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    return tensors
+    return dict(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
 
 
 _NEUTRAL = (
@@ -293,25 +267,24 @@ _NEUTRAL = (
     "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save", "peft_type",
     "peft_version", "revision", "target_modules", "task_type",
 )  # fmt: skip
-"""What an ``adapter_config.json`` says that, its tensors given, does not change what the adapter computes."""
+"""Keys of an ``adapter_config.json`` that do not change what an adapter with given tensors computes."""
 
 
 def adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of an adapter that its tensors do not show: rank and alpha, which scale them, and their patterns.
+    """Select the settings that change what an adapter's tensors compute: rank, alpha, their patterns, DoRA, ….
 
-    What is as PEFT sets it by itself is left out, so that a config of another PEFT, which has other keys, is the same.
+    PEFT's defaults are left out, so that the config of another PEFT version, which has other keys, compares equal.
     """
     usual = LoraConfig().to_dict()
     told = {
         name: value for name, value in config.items() if name not in _NEUTRAL and value and value != usual.get(name)
     }
     facts = {**told, "r": config.get("r"), "lora_alpha": config.get("lora_alpha")}
-    found: dict[str, Any] = json.loads(json.dumps(facts, default=str))
-    return found
+    return dict(json.loads(json.dumps(facts, default=str)))
 
 
 def adapter_facts(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, Any]:
-    """Its `adapter_settings`, and where it sits, by the keys of its tensors."""
+    """Collect an adapter's settings and, from the keys of its tensors, the modules that it sits on."""
     modules = [key.partition(".lora_")[0] for key in tensors if ".lora_" in key]
     targets = sorted({name.rpartition(".")[2] for name in modules})
     return {**adapter_settings(config), "lora_target_modules": targets, "lora_tensors": len(modules)}
@@ -323,7 +296,7 @@ def adapter_digest(model: PolicyReferenceModel, name: str, whole: Callable[[Tens
     Args:
         model: The model.
         name: The adapter.
-        whole: Makes a tensor whole of which this rank holds a part.
+        whole: Gathers a tensor of which this rank holds a part.
     """
     digest = hashlib.sha256(json.dumps(adapter_settings(model.peft_config[name].to_dict()), sort_keys=True).encode())
     for key, tensor in sorted(adapter_tensors(model, name).items()):
