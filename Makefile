@@ -10,17 +10,12 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: help install demo test test-ranks lint types unit bench clean
+.PHONY: help install demo test test-ranks unit lint types fix bench clean
 
-help:
-	@echo "make demo    train a tiny model with SFT, then DPO, and show what changed (under 10 minutes)"
-	@echo "make test    lint, types and tests (about 12 minutes)"
-	@echo "make test-ranks  the 72B recipes on two processes (about 20 minutes)"
-	@echo "make unit    the fast tests alone"
-	@echo "make bench   speed and memory against stock (about 30 minutes; an idle machine)"
-	@echo "make clean   remove .venv and outputs"
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(VENV)/installed
+install: $(VENV)/installed  ## make .venv with everything, at the versions of pyproject.toml
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,31 +24,35 @@ $(VENV)/installed: pyproject.toml
 	pip install --quiet --editable ".[dev,deepspeed]"
 	touch $@
 
-demo: install
+demo: install  ## train a tiny model with SFT, then DPO, and show what changed (under 10 minutes)
 	python examples/tiny_assets.py outputs/tiny-base
 	axolotl train recipes/tiny-sft.yaml
 	axolotl train recipes/tiny-dpo.yaml
 	@python examples/demo.py outputs/tiny-base outputs/tiny-sft outputs/tiny-dpo
 
-test: install lint types
+test: install lint types  ## lint, types and tests (about 12 minutes)
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-ranks: install
+test-ranks: install  ## the 72B recipes on two processes (about 20 minutes)
 	python -m pytest tests/ranks
 
-lint: install
+unit: install  ## the fast tests alone
+	python -m pytest tests/unit
+
+lint: install  ## what ruff finds, changing nothing
 	ruff check .
 	ruff format --check .
 
-types: install
+types: install  ## what mypy finds in src
 	mypy
 
-bench: install
+fix: install  ## let ruff repair and format
+	ruff check --fix .
+	ruff format .
+
+bench: install  ## speed and memory against stock (about 30 minutes; an idle machine)
 	python benchmarks/step.py --json benchmarks/step.json
 	python benchmarks/data_prep.py --json benchmarks/data_prep.json
 
-unit: install
-	python -m pytest tests/unit
-
-clean:
+clean:  ## remove .venv and outputs
 	rm -rf $(VENV) outputs

@@ -46,7 +46,7 @@ def documented_values():
             yield group, key, yaml.safe_load(text.replace("\xa0", " "))
 
 
-@pytest.mark.parametrize(("group", "key", "value"), documented_values())
+@pytest.mark.parametrize(("group", "key", "value"), list(documented_values()))
 def test_a_documented_value_is_read(group, key, value):
     read = getattr(parse_config({group: value if key is None else {key: value}}), group)
     read = read if key is None else getattr(read, key)

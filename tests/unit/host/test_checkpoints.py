@@ -27,7 +27,7 @@ def newest(output, origin):
     return checkpoint_to_resume(True, False, output, origin)
 
 
-@pytest.mark.parametrize("case", cases(seed=0, count=110), ids=str)
+@pytest.mark.parametrize("case", list(cases(seed=0, count=110)), ids=str)
 def test_what_is_damaged_is_never_used_wrong_and_never_ends_bare(bench, case):
     bench.check(case)
 
