@@ -12,13 +12,15 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from dpo_plugin.report.charts import Chart, to_svg
+
 
 @cache
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    environment.filters |= {"number": number, "percent": percent, "shown": shown, "prose": prose, "sentence": sentence}
+    environment.filters |= {function.__name__: function for function in (number, percent, shown, prose, sentence, svg)}
     return environment
 
 
@@ -29,6 +31,11 @@ def page(**content: Any) -> str:
         content: What report.html.jinja names.
     """
     return _environment().get_template("report.html.jinja").render(content) + "\n"
+
+
+def svg(chart: Chart) -> Markup:
+    """A chart as an SVG element; matplotlib escapes what it writes."""
+    return Markup(to_svg(chart))
 
 
 def prose(text: str) -> Markup:

@@ -5,16 +5,14 @@ The page is a single file without network access; charts are SVG, readable at 36
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from markupsafe import Markup
 
 from dpo_plugin.errors import DataError
 from dpo_plugin.health.history import History
 from dpo_plugin.report import sections
-from dpo_plugin.report.charts import Chart, to_svg
 from dpo_plugin.report.page import number, page, percent
 from dpo_plugin.report.panels import FIRST, charts, comparison, ranked
 from dpo_plugin.report.run_folder import RunRecord
@@ -32,21 +30,28 @@ def write_report(runs: Sequence[RunRecord], path: str | Path) -> Path:
     """
     if not runs:
         raise DataError("a report needs a run. Write: axolotl dpo report <output_dir>")
+    named = _named_apart(runs)
     if len(runs) == 1:
-        content = {"title": f"DPO run {runs[0].name}", "runs": [_shown(runs[0], runs[0].name)]}
         drawn = list(charts(runs[0].history, runs[0].findings, runs[0].rewards))
         first = [*FIRST, "rewards-start", "rewards-end"]
     else:
-        named = _named_apart(runs)
-        content = _several(named)
-        drawn = list(comparison({name: run.history for name, run in named.items()}))
+        drawn = list(comparison({run.name: run.history for run in named}))
         first = [chart.key for chart in drawn if chart.key.startswith(tuple(f"all-{key}-" for key in (*FIRST, "nats")))]
-    figures = [_figure(chart) for chart in drawn]
+    text = page(
+        title=f"DPO run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs",
+        runs=named,
+        rows=_rows(named),
+        differences=_differences(named),
+        charts=[chart for chart in drawn if chart.key in first],
+        more=[chart for chart in drawn if chart.key not in first],
+        sections=sections,
+        verdict_of=verdict,
+        course_of=_course,
+        tiles_of=_tiles,
+    )
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    seen = [figure for figure in figures if figure["key"] in first]
-    folded = [figure for figure in figures if figure["key"] not in first]
-    target.write_text(page(**content, charts=seen, more=folded), encoding="utf-8")
+    target.write_text(text, encoding="utf-8")
     return target
 
 
@@ -54,7 +59,7 @@ def write_report(runs: Sequence[RunRecord], path: str | Path) -> Path:
 
 
 def verdict(run: RunRecord) -> tuple[str, str]:
-    """How it went: ``good``, ``warning`` or ``error``, and a sentence."""
+    """Judge a run: ``good``, ``warning`` or ``error``, and a sentence."""
     errors = sum(finding.severity == "error" for finding in run.findings)
     warnings = len(run.findings) - errors
     if errors:
@@ -76,7 +81,7 @@ def _it(count: int) -> str:
 
 
 def _course(history: History) -> str:
-    """What the run did, in a sentence or two."""
+    """Say what the run did, in a sentence or two."""
     parts = []
     loss, accuracy = history["loss"], ranked(history, "eval_rewards/accuracies")
     if len(loss):
@@ -103,75 +108,40 @@ _TILES = {
 }
 
 
-# ── what the template shows ──
-
-
-def _shown(run: RunRecord, name: str) -> dict[str, Any]:
-    level, sentence = verdict(run)
-    prompts = sections.prompts(run.samples)
-    return {
-        "name": name,
-        "about": sections.about(run),
-        "level": level,
-        "sentence": sentence,
-        "course": _course(run.history),
-        "notes": run.notes,
-        "tiles": [("steps", run.history.step), *_tiles(run.history).items()],
-        "findings": run.findings,
-        "fields": sections.fields(run.history),
-        "audits": [sections.data_set(audit) for audit in run.history.audits],
-        "prompts": prompts[: sections.PROMPTS_SHOWN],
-        "prompts_left": len(prompts[sections.PROMPTS_SHOWN :]),
-        "settings": sections.settings_of(run),
-        "read": run.read,
-    }
-
-
-def _tiles(history: History) -> dict[str, float | None]:
+def _tiles(history: History) -> dict[str, float]:
     values = {label: sections.last(history, name) for name, label in _TILES.items()}
-    return {label: value for label, value in values.items() if value is not None}
-
-
-def _figure(chart: Chart) -> dict[str, Any]:
-    svg = Markup(to_svg(chart))  # matplotlib escapes what it writes
-    return {"key": chart.key, "title": chart.title, "caption": chart.caption, "svg": svg, "marked": bool(chart.marks)}
+    return {"steps": history.step} | {label: value for label, value in values.items() if value is not None}
 
 
 # ── several runs ──
 
 
-def _named_apart(runs: Sequence[RunRecord]) -> dict[str, RunRecord]:
-    named: dict[str, RunRecord] = {}
-    for run in runs:
-        same = sum(other.name == run.name for other in named.values())
-        named[f"{run.name} ({same + 1})" if same else run.name] = run
-    return named
+def _named_apart(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Number the runs of one name."""
+    same = [sum(other.name == run.name for other in runs[:place]) for place, run in enumerate(runs)]
+    return [replace(run, name=f"{run.name} ({n + 1})") if n else run for n, run in zip(same, runs, strict=True)]
 
 
-def _several(runs: Mapping[str, RunRecord]) -> dict[str, Any]:
+def _rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[Any]]]:
+    """The table that compares runs: label, and a cell for each."""
     rows: list[tuple[str, list[Any]]] = [
-        ("verdict", [verdict(run)[1] for run in runs.values()]),
-        ("steps", [run.history.step for run in runs.values()]),
+        ("verdict", [verdict(run)[1] for run in runs]),
+        ("steps", [run.history.step for run in runs]),
     ]
     for name, label in {**_TILES, **_NATS}.items():
-        over = [run.history.facts.beta if name in _NATS else 1.0 for run in runs.values()]
-        values = [sections.last(run.history, name.removesuffix("/β")) for run in runs.values()]
+        over = [run.history.facts.beta if name in _NATS else 1.0 for run in runs]
+        values = [sections.last(run.history, name.removesuffix("/β")) for run in runs]
         rows.append((label, [v / b if v is not None and b else None for v, b in zip(values, over, strict=True)]))
-    return {
-        "title": f"{len(runs)} runs",
-        "runs": [_shown(run, name) for name, run in runs.items()],
-        "rows": [(label, cells) for label, cells in rows if any(cell is not None for cell in cells)],
-        "differences": _differences(runs),
-    }
+    return [(label, cells) for label, cells in rows if any(cell is not None for cell in cells)]
 
 
 _NATS = {"rewards/margins/β": "margin/β, training, nats", "eval_rewards/margins/β": "margin/β, held out, nats"}
 """Rows of the comparison that do not depend on β."""
 
 
-def _differences(runs: Mapping[str, RunRecord]) -> list[tuple[str, list[str]]]:
+def _differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """The settings that are not the same in all runs."""
-    settings = [sections.settings_of(run) for run in runs.values()]
+    settings = [sections.settings_of(run) for run in runs]
     names = sorted({name for one in settings for name in one})
     rows = [(name, [one.get(name, "–") for one in settings]) for name in names]
     return [(name, cells) for name, cells in rows if len(set(cells)) > 1]

@@ -1,4 +1,4 @@
-"""What a report says of a run besides its curves, as plain values for the page's template."""
+"""The parts of a report besides its curves, as plain values for the page's template."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def prompts(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Prompts by their last answer, the latest first, each with its answers, the latest first."""
     found: dict[str, dict[str, Any]] = {}
     for sample in samples:
-        user = _user(sample)
+        user = str(sample.get("question") or sample["prompt"])  # the whole prompt where the turn is not told apart
         given = [
             (name, _plain(value))
             for name, value in sample.items()
@@ -80,15 +80,6 @@ def prompts(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         answers = found.pop(user, {"answers": []})["answers"]
         found[user] = {"user": user, "answers": [(sample.get("step"), given), *answers]}
     return list(found.values())[::-1]
-
-
-def _user(sample: Mapping[str, Any]) -> str:
-    """The user's last turn; where it is not known, the whole prompt."""
-    prompt = sample.get("question") or sample.get("prompt")
-    if isinstance(prompt, list) and all(isinstance(turn, Mapping) for turn in prompt):
-        turns = [str(turn.get("content", "")) for turn in prompt if turn.get("role") == "user"]
-        return turns[-1] if turns else str(prompt)
-    return str(prompt)
 
 
 def _plain(value: Any) -> str:

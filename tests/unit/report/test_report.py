@@ -248,7 +248,7 @@ def test_the_page_has_everything_and_the_verdict_first(tmp_path: Path):
     path = folder(tmp_path / "my run")
     rows = [
         {"prompt": "Q?", "policy": "Yes, gladly.", "reference": "Yes."},
-        {"prompt": [{"role": "user", "content": "Hi"}], "policy": "Hello", "reference": "Hey", "margin": 0.25},
+        {"prompt": "<user>Hi", "question": "Hi", "policy": "Hello", "reference": "Hey", "margin": 0.25},
     ]
     (path / SAMPLES).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     page = body(written([read_run(path)], tmp_path))
