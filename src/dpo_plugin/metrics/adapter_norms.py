@@ -1,4 +1,4 @@
-"""How far the trained weights have gone, and how many of them move at all, as the optimizer has them on any engine."""
+"""How far the trained weights have moved, and how many have moved at all, as the optimizer holds them on any engine."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from dpo_plugin.engines.sharded import deepspeed_utils
 from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel
 
 SAMPLED = 2**22
-"""Most weights that are looked at, evenly spread over the adapter: 16 MiB for each copy."""
+"""Most weights that are measured, evenly spread: 16 MiB for each of the three copies.
+
+Of all weights they would take 2.5 GB per GPU for 72B with r = 16, and under full fine-tuning several times the model.
+"""
 
 
 class AdapterNorms:
-    """Norms of weight differences over all trained tensors, in the weights' own unit, and the share of moved values.
+    """Measures norms of weight differences over all trained tensors, and the share of values that have moved.
 
-    More than `SAMPLED` weights are sampled at a constant stride, and the sum of squares is scaled by it.
+    More than `SAMPLED` weights are sampled at a constant stride, by which the sum of squares is multiplied.
 
     Args:
         model: Policy and reference, as attached, or the model of full fine-tuning: before an engine shards or casts it.
@@ -45,7 +48,7 @@ class AdapterNorms:
         self._last: Tensor | None = None
 
     def _reference_sample(self, model: nn.Module) -> dict[str, Tensor]:
-        """Every stride-th weight of the reference adapter under the policy's names; empty if shapes differ."""
+        """Sample the reference adapter under the policy's names; empty if shapes differ."""
         named = dict(model.adapter_parameters()) if isinstance(model, PolicyReferenceModel) else {}
         found = {}
         for name, size in self._sizes.items():
@@ -56,7 +59,7 @@ class AdapterNorms:
         return found
 
     def figures(self, model: nn.Module, total: Callable[[Tensor], Tensor], rank: int) -> dict[str, float]:
-        """Norms and share now; every rank must call it.
+        """Measure; every rank must call it.
 
         Args:
             model: The model as the engine holds it.
@@ -64,10 +67,10 @@ class AdapterNorms:
             rank: This rank; of weights that are whole on all ranks, only rank 0's count.
 
         Returns:
-            ``adapter/distance`` from the reference adapter, left out where it has not the policy's shape or there is
-            none; ``adapter/update_norm``, what an adapter moved since the call before; and ``weights/changed``, the
-            share of values that are not what they were at the first call, embeddings left out, since the rows of
-            unseen tokens have no gradient. The last two are left out in the first call.
+            ``adapter/distance`` from the reference adapter, if there is one of the policy's shape;
+            ``adapter/update_norm``, how far an adapter moved since the last call; and ``weights/changed``, the share of
+            values that differ from those of the first call, without embeddings, since the rows of unseen tokens have no
+            gradient. The first call returns neither of the last two.
         """
         places, now, dense = self._now(model, rank)
         if now is None:
@@ -92,16 +95,20 @@ class AdapterNorms:
         return found
 
     def _now(self, model: nn.Module, rank: int) -> tuple[list[tuple[str, int, int]], Tensor | None, int]:
-        """Name, index in the sample and number of what this rank has of each tensor; the weights; how many are dense.
+        """Sample what this rank updates, embeddings last.
 
-        No weights where an engine names its tensors anew, as FSDP1's flat ones.
+        Returns:
+            Name, index in the sample and number of values of each tensor; the values; how many are not embeddings'.
+            No values where an engine renames its tensors.
         """
         places, parts, dense = [], [], 0
         sizes: Counter[torch.dtype] = Counter()
-        for name, part, first, counts in _parts(model, rank, self._sparse):
+        named = [(name.replace(_CHECKPOINT_PREFIX, ""), parameter) for name, parameter in _trained(model)]
+        for name, parameter in sorted(named, key=lambda one: one[0] in self._sparse):
             if name not in self._sizes:
                 continue
-            begin = -first % self._stride  # of this part; a padded one is longer than the tensor goes on
+            part, first, counts = _part(parameter, rank)
+            begin = -first % self._stride  # in this part, which may be padded beyond the tensor's end
             mine = part[begin : max(begin, self._sizes[name] - first) : self._stride] if counts else part[:0]
             places.append((name, (first + begin) // self._stride, len(mine)))
             parts.append(mine.float())
@@ -112,7 +119,7 @@ class AdapterNorms:
 
 
 def whole_size(parameter: Any) -> int:
-    """Values of a parameter; ZeRO-3 leaves an empty tensor behind, which knows how many it had."""
+    """Count the values of a parameter; the empty tensor that ZeRO-3 leaves behind knows how many it had."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
@@ -122,7 +129,7 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _embeddings(model: nn.Module) -> frozenset[str]:
-    """Names of trained tensors with a row or column per token of the vocabulary, most of which no batch holds."""
+    """Names of the trained tensors with a row or column per token of the vocabulary."""
     found = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     return frozenset(name for name, p in _trained(model) if id(p) in found or ".lora_embedding_" in name)
 
@@ -134,16 +141,8 @@ def _square_distance(a: Tensor, b: Tensor | None) -> Tensor:
     return (a - b).square_().sum(dtype=torch.float64)
 
 
-def _parts(model: nn.Module, rank: int, last: frozenset[str]) -> Iterator[tuple[str, Tensor, int, bool]]:
-    """For each trained tensor, some of them last: name, the flat part that this rank updates, its first index, whether
-    this rank counts.
-    """
-    named = [(name.replace(_CHECKPOINT_PREFIX, ""), parameter) for name, parameter in _trained(model)]
-    for name, parameter in sorted(named, key=lambda one: one[0] in last):
-        yield name, *_part(parameter, rank)
-
-
 def _part(parameter: Any, rank: int) -> tuple[Tensor, int, bool]:
+    """The flat part of a tensor that this rank updates, its first index, and whether this rank counts."""
     if isinstance(parameter, DTensor):
         shape, offset = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements
@@ -164,5 +163,5 @@ def _part(parameter: Any, rank: int) -> tuple[Tensor, int, bool]:
 
 
 def _coordinate(parameter: DTensor) -> list[int]:
-    """Where in the mesh this rank is."""
+    """Find this rank's place in the mesh."""
     return list(parameter.device_mesh.get_coordinate() or [0] * parameter.device_mesh.ndim)

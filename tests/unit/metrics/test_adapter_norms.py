@@ -1,4 +1,4 @@
-"""Norms of what trained weights have adapter_norms, against sums by hand, and the share of values that move."""
+"""How far trained weights have moved, against sums by hand, and the share of values that move."""
 
 import types
 
@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_plugin.health.checks import CHECKS
 from dpo_plugin.health.history import History
-from dpo_plugin.metrics import adapter_norms as travel
+from dpo_plugin.metrics import adapter_norms as module
 from dpo_plugin.metrics.adapter_norms import AdapterNorms
 from dpo_plugin.model.adapters import AdapterFolder, attach
 from dpo_plugin.types import RunFacts
@@ -55,7 +55,7 @@ def test_weights_that_all_ranks_have_whole_count_once(model):
 
 
 def test_a_sample_of_a_large_adapter_stands_for_all(model, monkeypatch):
-    monkeypatch.setattr(travel, "SAMPLED", 1000)
+    monkeypatch.setattr(module, "SAMPLED", 1000)
     adapter_norms = AdapterNorms(model)
     adapter_norms.figures(model, alone, 0)
     torch.manual_seed(0)
