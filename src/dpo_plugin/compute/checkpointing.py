@@ -24,8 +24,8 @@ def layers_to_checkpoint(layers: int, tokens: int, bytes_per_token: float, free:
     """
     each = tokens * bytes_per_token
     budget = free * (1 - MARGIN) - each  # one layer is whole in memory while it is recomputed
-    kept = max(0, int(budget // each))
-    return max(0, layers - kept)
+    whole = max(0, int(budget // each))
+    return max(0, layers - whole)
 
 
 @contextmanager
@@ -79,8 +79,8 @@ def saved_bytes_per_token(layer: nn.Module, config: Any, device: torch.device | 
     layer.gradient_checkpointing = False  # type: ignore[assignment]
     try:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            kept = layer(hidden, attention_mask=None, position_embeddings=rotary)
-        del kept
+            output = layer(hidden, attention_mask=None, position_embeddings=rotary)
+        del output
     except Exception:  # of any kind: another library's layer, called in a way that it may not know
         return None
     finally:

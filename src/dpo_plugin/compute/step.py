@@ -70,9 +70,9 @@ class PreferenceStep:
         loss_options: Settings that losses share.
         forward_options: How the policy's completions are scored.
         layers: The model's `GradientCheckpointingLayer`s; a forward without gradients checkpoints none.
-        locate: Says of a batch and the index of a pair where the pair comes from and what to write, for errors.
-        step_zero_dtype: The coarsest dtype that the run computes in, if policy and reference have to be equal on the
-            next batch that is trained on; None once they were, and where nothing says that they are.
+        locate: Takes a batch and the index of a pair; says where the pair comes from and what to write, for errors.
+        step_zero_dtype: The coarsest dtype that the run computes in, if policy and reference must be equal on the next
+            training batch; None once that is checked, or if they start from different weights.
     """
 
     reference: CachedReference
@@ -108,13 +108,13 @@ class PreferenceStep:
         return StepResult(loss, logps.only(counted) if counted else None)
 
     def reference_logps(self, model: Any, batch: PairBatch, anew: bool = False) -> Tensor:
-        """Get the reference's log-probs, from the cache where they are there; cache them where they are not.
+        """Get the reference's log-probs from the cache, or compute and cache them.
 
         Args:
             model: The policy as the engine wrapped it.
             batch: The pairs.
-            anew: Run the reference even so; equal on all ranks. Cached log-probs come from batches of another shape,
-                which in bf16 moves them by more than step 0 may be off.
+            anew: Run the reference even if all rows are cached; equal on all ranks. Cached log-probs come from batches
+                of another shape, which in bf16 moves them by more than the tolerance of step 0.
 
         Returns:
             (pairs, 2) fp32 nats: chosen, rejected.
@@ -126,7 +126,7 @@ class PreferenceStep:
 
     @torch.no_grad()
     def _reference_forward(self, model: Any, batch: PairBatch) -> CompletionLogps:
-        """Run without gradients, and without what is only asked of the policy."""
+        """Run a model without gradients, WPO weights and entropy, which are the policy's alone."""
         with without_checkpointing(self.layers):
             return run_model(model, batch, replace(self.forward_options, wpo=False, entropy=False))
 

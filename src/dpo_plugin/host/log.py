@@ -15,7 +15,7 @@ _UNWRITTEN: set[Path] = set()
 
 @contextmanager
 def may_fail(file: Path) -> Iterator[None]:
-    """Let a run go on where a file that only tells of it cannot be written; said once per file."""
+    """Warn once, and let the run continue, if a file that only reports on it cannot be written."""
     try:
         yield
     except OSError as error:

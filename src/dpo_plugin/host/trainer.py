@@ -159,7 +159,7 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[Any, Any]:
-        """Let the engine have the model, then set what it does not: masters, a reference that moves, digests."""
+        """Prepare the engine, then set what it does not: fp32 masters, the reference's digest and saved values."""
         prepared: tuple[Any, Any] = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is None:
             init_master_weights(self._attached)
@@ -233,7 +233,7 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
         return bool(self.accelerator.is_fsdp2) and isinstance(self.model, PolicyReferenceModel)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the policy with PEFT's keys, and beside it what it was trained with.
+        """Save the policy with PEFT's keys, along with what it was trained with.
 
         transformers 5.16 gathers the whole base for it under FSDP2 and ZeRO-1 and -2; it saves no adapter where
         ``state_dict_type`` is not FULL_STATE_DICT or DeepSpeed's ``stage3_gather_16bit_weights_on_model_save`` is not
@@ -256,7 +256,7 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
                     resume.save_reference(self.reference.strategy, folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save a checkpoint, last of all the digests of its files; older ones go only then.
+        """Save a checkpoint and, last, the digests of its files; only then delete older ones.
 
         Raises:
             CheckpointError: If it cannot be written.
@@ -285,14 +285,14 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        """Go back to the adapter file of the best checkpoint."""
+        """Load the adapter file of the best checkpoint."""
         if self._is_sharded():
             load_policy(self.model, Path(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Write our card instead of TRL's, and which reference the adapter beside it was trained against."""
+        """Write our card instead of TRL's, and which reference the adapter was trained against."""
         if self.is_world_process_zero():
             write_card(self)
             write_marker(Path(self.args.output_dir), self.origin)

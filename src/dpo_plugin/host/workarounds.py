@@ -21,7 +21,7 @@ from dpo_plugin.model.adapters import PolicyReferenceModel
 
 
 def accept_fsdp2_with_nf4(cfg: Any, engine: EngineSettings) -> None:
-    """Let a 4-bit base be trained by DPO under FSDP2, which axolotl 0.19 refuses although it runs.
+    """Allow DPO on a 4-bit base under FSDP2, which axolotl 0.19 refuses although it runs.
 
     The refusal (utils/schemas/validation.py:1178) compares the version with the number 2; everything behind it takes
     "2" as well, and the schema makes it a number again. tests/ranks/test_ranks.py trains the combination.
@@ -35,9 +35,9 @@ def accept_fsdp2_with_nf4(cfg: Any, engine: EngineSettings) -> None:
 
 
 def ignore_deprecated_collectives() -> None:
-    """Leave out torch 2.13's FutureWarnings of `all_gather_into_tensor` and `reduce_scatter_tensor`.
+    """Silence torch 2.13's FutureWarnings about `all_gather_into_tensor` and `reduce_scatter_tensor`.
 
-    DeepSpeed 0.19 and FSDP2 call them, so they come with every gather, and nobody who trains can change that.
+    DeepSpeed 0.19 and FSDP2 call them in every gather, and a user can do nothing about it.
     tests/ranks/test_ranks.py counts them in the output of two ranks.
     """
     deprecated = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
@@ -45,7 +45,7 @@ def ignore_deprecated_collectives() -> None:
 
 
 def keep_nf4_as_packed(model: nn.Module) -> None:
-    """Let an evaluation, or answers, leave 4-bit weights as training needs them.
+    """Keep 4-bit weights in the form that training needs through evaluations and samples.
 
     On CPUs with AVX512-BF16, bitsandbytes 0.50.2 packs them anew for inference (nn/modules.py:613), and the next
     training step fails: "a view of a leaf Variable that requires grad is being used in an in-place operation".
@@ -75,7 +75,7 @@ def hide_adapters_from_trl(model: nn.Module, ref_model: nn.Module | None) -> tup
 
 
 def save_policy_instead_of_base(base: nn.Module, policy: PolicyReferenceModel) -> None:
-    """Let the host's ``base.save_pretrained(output_dir)`` write the policy adapter.
+    """Make the host's ``base.save_pretrained(output_dir)`` write the policy adapter.
 
     After saving the trainer's model, axolotl 0.19 saves the base that it loaded once more, adapters injected, as
     model.safetensors: 40 GB at 72B and of no use (train.py:406-410); on SIGINT it saves only that (:203).
@@ -90,7 +90,7 @@ def save_policy_instead_of_base(base: nn.Module, policy: PolicyReferenceModel) -
 
 
 def save_fsdp2_adapter_through(trainer: Any) -> None:
-    """Let the host's last save under FSDP2 write what a checkpoint's save writes.
+    """Make the host's last save under FSDP2 write what a checkpoint's save writes.
 
     axolotl 0.19 hands the base without PEFT's wrapper to a function that gathers the adapter (train.py:345), whose
     keys then lack ``base_model.model.``; PEFT and vLLM match none of them (vllm #34186: the base is served silently).

@@ -1,4 +1,4 @@
-"""A reference behind its cache, which is checked before it is believed."""
+"""A reference behind its cache, which is verified before it is trusted."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from dpo_plugin.model.references import Forward, ReferenceStrategy
 from dpo_plugin.types import PairBatch
 
 CHECKED = 4
-"""Batches at the start of a run whose kept log-probs are compared with a forward's."""
+"""Batches at the start of a run whose cached log-probs are compared with a forward's."""
 
 
 class CachedReference:
-    """A reference strategy behind a cache: runs the reference only for rows that nobody has computed yet.
+    """A reference strategy behind a cache: runs the reference only for rows that are not cached yet.
 
-    The first batches with rows from disk are run all the same: where the kept log-probs are not those of this
-    reference, although their key is, all of them are dropped and computed again.
+    The first batches with rows from disk are run anyway: if the cached log-probs are not those of this reference,
+    although their key is, all of them are dropped and computed again.
 
     Args:
         strategy: The strategy.
-        cache: Where log-probs are kept, or None.
+        cache: The cache, or None.
         on_any_rank: Tells whether a condition holds on any rank, since ranks must forward together.
-        tolerance: Most that kept log-probs may be off, as `deviation` measures it.
-        warn: Says something to the user.
+        tolerance: Most that cached log-probs may be off, as `deviation` measures it.
+        warn: Takes a message for the user.
 
     Attributes:
         forwards: Batches for which the reference was run because log-probs were missing.
@@ -59,18 +59,18 @@ class CachedReference:
             model: As in `ReferenceStrategy.run`.
             batch: The pairs.
             forward: As in `ReferenceStrategy.run`.
-            anew: Run the reference even so; equal on all ranks.
+            anew: Run the reference even if all rows are cached; equal on all ranks.
         """
         if self.cache is None:
             self.forwards += 1
             return self.strategy.logps(model, batch, forward)
-        kept = self.cache.get(batch.row_hashes, batch.input_ids.device)
-        missing = self.on_any_rank(kept is None)
+        cached = self.cache.get(batch.row_hashes, batch.input_ids.device)
+        missing = self.on_any_rank(cached is None)
         read = self.cache.read(batch.row_hashes) if anew or self._unchecked > 0 else None
         check = anew or (read is not None and self.on_any_rank(not read.isnan().all()))
         self.fresh = missing or check
-        if kept is not None and not self.fresh:
-            return kept
+        if cached is not None and not self.fresh:
+            return cached
         self.forwards += missing
         logps = self.strategy.logps(model, batch, forward)
         if read is not None and check:
@@ -85,7 +85,7 @@ class CachedReference:
             return
         cache.forget()
         self.warn(
-            f"dpo_plugin: the reference log-probs kept in {cache.folder} are not those of this reference: they are off "
-            f"by more than rounding explains ({self.tolerance} nats per square root of a token). The base model's "
+            f"dpo_plugin: the reference log-probs cached in {cache.folder} are not those of this reference: they are "
+            f"off by more than rounding explains ({self.tolerance} nats per square root of a token). The base model's "
             "weights have changed, or a package computes it differently. They are dropped and computed again"
         )

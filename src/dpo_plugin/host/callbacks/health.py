@@ -99,7 +99,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
             )
 
     def _write(self, **more: Any) -> None:
-        """Write on the main rank what the report reads beside the log.
+        """Write what the report reads besides the log, on the main rank.
 
         Findings come at the end: of a run that was killed, the report makes them from the log.
         """

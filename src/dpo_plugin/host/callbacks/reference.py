@@ -63,7 +63,7 @@ class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
                 cache.reload()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Let the reference move."""
+        """Update a reference that moves."""
         self.trainer.reference.strategy.after_step(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -81,7 +81,7 @@ class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
         cache.flush()
         if cache.failure and not self._told:
             self._told = True
-            LOG.warning(f"dpo_plugin: training goes on, but reference log-probs are not kept on disk: {cache.failure}")
+            LOG.warning(f"dpo_plugin: training goes on, but no reference log-probs are cached on disk: {cache.failure}")
 
 
 def _facts(trainer: RunningTrainer) -> dict[str, Any]:

@@ -41,7 +41,7 @@ _LEFT_OUT = (
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What held-out pairs say of a policy.
+    """Figures of a policy on held-out pairs.
 
     Attributes:
         accuracy: Share of pairs whose chosen reward is above the rejected one.
@@ -94,7 +94,7 @@ class Comparison:
 
 
 def compare(config: str | Path, prompts: str | None = None, checkpoint: str | None = None) -> Comparison:
-    """Let the policy that a config has trained, and the reference that it names, answer; and measure held-out pairs.
+    """Compare the policy that a config has trained with its reference: their answers, and figures of held-out pairs.
 
     Args:
         config: The config of the run; what splits the model over ranks in it is left out.

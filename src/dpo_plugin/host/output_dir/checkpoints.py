@@ -24,7 +24,7 @@ _YAML_KEYS = {"r": "lora_r", "use_dora": "peft_use_dora", "use_rslora": "peft_us
 
 @dataclass(frozen=True)
 class Origin:
-    """What a checkpoint must have been trained with to be gone on with.
+    """What a checkpoint must have been trained with to be resumed.
 
     Attributes:
         reference: ``strategy`` and ``identity`` (a digest).
@@ -94,18 +94,18 @@ def _sha256(file: Path) -> str:
 def fault(folder: Path) -> str | None:
     """Why a checkpoint cannot be resumed, or None if each of its files is as it was saved."""
     if not (folder / "trainer_state.json").is_file():
-        return "was not written to its end: trainer_state.json is missing"
+        return "is incomplete: trainer_state.json is missing"
     if (content := read_marker(folder)) is None:
-        return f"was not written to its end, or is damaged: {MARKER} cannot be used"
+        return f"is incomplete or damaged: {MARKER} cannot be read"
     if (saved := content.get("files")) is None:
-        return f"was not written to its end: {MARKER} names no files"
+        return f"is incomplete: {MARKER} names no files"
     try:
         found = file_digests(folder)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
     for name, digest in saved.items():
         if found.get(name) != digest:
-            return f"was not written to its end, or is damaged: {name} is {'changed' if name in found else 'missing'}"
+            return f"is incomplete or damaged: {name} is {'changed' if name in found else 'missing'}"
     return None
 
 
@@ -116,13 +116,14 @@ def checkpoint_to_resume(
 
     Args:
         asked: What the host passes to ``Trainer.train``.
-        named_by_user: Whether the YAML names it; otherwise it is the newest, which a killed run may have left torn.
+        named_by_user: Whether the YAML names it; otherwise it is the newest, which may be incomplete.
         output_dir: Where checkpoints are.
         origin: What this run trains with.
         local_main: Whether this process reads the files for its node.
 
     Raises:
-        CheckpointError: On all ranks, if the one to resume was trained with something else, or the named one is torn.
+        CheckpointError: On all ranks, if the one to resume was trained with something else, or the YAML names one that
+            is incomplete.
     """
     if not asked:
         return None
@@ -155,7 +156,7 @@ def _newest(output_dir: Path, origin: Origin) -> Path | None:
     for folder in sorted(folders, key=_step, reverse=True):
         _refuse_foreign(folder)
         if (reason := fault(folder)) is not None:
-            LOG.warning(f"dpo_plugin: {folder} {reason}; it is passed over")
+            LOG.warning(f"dpo_plugin: {folder} {reason}; it is skipped")
         elif _not_resumable(folder) is None:
             check_origin(folder, origin)
             return folder
@@ -183,11 +184,11 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _not_resumable(folder: Path) -> str | None:
-    """Why a whole checkpoint cannot be gone on with: transformers would take a fresh optimizer without a word."""
+    """Why a complete checkpoint cannot be resumed: transformers would start a fresh optimizer without a word."""
     saved = (read_marker(folder) or {}).get("files", {})
     if any(name.startswith(("optimizer", "global_step")) for name in saved):
         return None
-    return "holds no optimizer (`save_only_model: true`), with which the run would go on to other weights"
+    return "holds no optimizer (`save_only_model: true`), without which the run would end with other weights"
 
 
 def check_origin(folder: Path, origin: Origin) -> None:

@@ -68,7 +68,7 @@ def _create(file: Path) -> bool:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """Who holds the lock; None where that was not written to its end."""
+    """Who holds the lock; None if the lock is incomplete."""
     try:
         holder = json.loads(file.read_text(encoding="utf-8"))
         return {"pid": int(holder["pid"]), "host": str(holder["host"]), "started": float(holder["started"])}

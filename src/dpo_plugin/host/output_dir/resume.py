@@ -1,4 +1,4 @@
-"""What is saved beside the policy so that a run can be resumed, and what is taken back when it is."""
+"""What is saved along with the policy so that a run can be resumed, and loaded again when it is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REFERENCE_STATE = "reference_state.safetensors"
 
 
 def origin_of(model: Any, strategy_name: str, strategy: ReferenceStrategy, base: str) -> Origin:
-    """What a run trains with; to be asked for before an engine has the model.
+    """Say what a run trains with; call before an engine takes over the model.
 
     Args:
         model: Policy and reference.
@@ -38,19 +38,19 @@ def save_reference(strategy: ReferenceStrategy, folder: Path) -> None:
 
 
 def load_reference(strategy: ReferenceStrategy, folder: Path) -> None:
-    """Give a reference that moves the values that a checkpoint has."""
+    """Restore a reference that moves from a checkpoint."""
     if strategy.state():
         strategy.load_state(load_file(folder / REFERENCE_STATE))
 
 
 def complete_checkpoint(folder: Path, origin: Origin, limit: int | None, best: str | None) -> None:
-    """Say last of all that a checkpoint is whole; older ones go only then.
+    """Mark a checkpoint as complete, then delete older ones.
 
     Args:
         folder: The checkpoint.
         origin: What it was trained with.
-        limit: Most checkpoints that stay.
-        best: The checkpoint that stays in any case.
+        limit: Number of checkpoints to keep; None keeps all.
+        best: The checkpoint that is never deleted.
     """
     write_marker(folder, origin, file_digests(folder))
     rotate_checkpoints(str(folder.parent), limit, best, use_mtime=True)
