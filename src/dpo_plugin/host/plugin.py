@@ -14,9 +14,8 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 from transformers import EarlyStoppingCallback
 
 from dpo_plugin.engines.sharded import reference_digest
-from dpo_plugin.errors import AdapterError, ConfigError
+from dpo_plugin.errors import AdapterError, ConfigError, report_errors
 from dpo_plugin.host import datasets as host_datasets
-from dpo_plugin.host import excepthook
 from dpo_plugin.host.command import intended_rl, leave_out_engine, running_command, use_trained_adapter
 from dpo_plugin.host.commands.merge_lora import complete_merges
 from dpo_plugin.host.log import LOG
@@ -58,7 +57,7 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         Raises:
             DPOPluginError: For anything that the config alone shows to be wrong.
         """
-        excepthook.install()
+        report_errors()
         self.settings = None
         self.shown = shown_settings(cfg)  # as written, before the host adds its defaults
         command = running_command(cfg)

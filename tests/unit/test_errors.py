@@ -8,10 +8,9 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 RAISE = """
-from dpo_plugin.errors import ConfigError
-from dpo_plugin.host import excepthook
-excepthook.install()
-excepthook.install()
+from dpo_plugin.errors import ConfigError, report_errors
+report_errors()
+report_errors()
 print("a log line")
 try:
     {}["rl_beta"]
