@@ -46,7 +46,7 @@ class PairSegments:
         self._varlen: tuple[Tensor, Tensor, Tensor, int, int] | None = None
 
     def rejected_mask(self, prefix: int, rejected: int) -> Tensor:
-        """(rejected, prefix + rejected) bool: the whole prefix, and rejected causally."""
+        """Mask rejected, (rejected, prefix + rejected) bool: it sees the whole prefix, and itself causally."""
         key = (prefix, rejected)
         if key not in self._masks:
             ones = torch.ones(rejected, prefix + rejected, dtype=torch.bool, device=self.device)
@@ -54,7 +54,7 @@ class PairSegments:
         return self._masks[key]
 
     def varlen(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """Keys' positions, cumulative query and key lengths, and longest query and key, for `varlen_attn`."""
+        """Give key positions, cumulative query and key lengths, and the longest query and key, for `varlen_attn`."""
         if self._varlen is None:
             start, index, queries, keys = 0, [], [0], [0]
             for prefix, chosen, rejected in self.lengths:
@@ -81,7 +81,7 @@ def shared_prefix_attention(
     pair_segments: PairSegments | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: (1, heads, length, head) in, (1, length, heads, head) out."""
+    """Attend as transformers calls it: (1, heads, length, head) in, (1, length, heads, head) out."""
     if pair_segments is None:
         plain = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         return plain[0], None
@@ -134,7 +134,7 @@ def _by_varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None,
 
 @cache
 def varlen_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `varlen_attn` runs here and puts causality at the lower right, as queries fewer than keys need.
+    """Test whether `varlen_attn` runs here and aligns causality at the lower right, as fewer queries than keys need.
 
     Both depend on torch's version and the device, so it is compared once with SDPA and a mask.
     """
@@ -160,7 +160,7 @@ def register() -> None:
 
 
 def prefix_sharing_blocker(config: Any) -> str | None:
-    """Why a model cannot share prefixes, or None if it can.
+    """Say why a model cannot share prefixes; None if it can.
 
     Args:
         config: The model's transformers config.

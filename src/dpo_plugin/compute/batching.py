@@ -54,7 +54,7 @@ class PairCollator:
         return pad_right(batch, self.pad_token_id, self.pad_to_multiple_of or 1)
 
     def tokens(self, examples: Sequence[Example]) -> int:
-        """Tokens, padding included, that one forward of these pairs takes."""
+        """Count the tokens, padding included, that one forward of these pairs takes."""
         if self.flat:
             tokens = sum(sum(shared_segments(example)) for example in examples)
         else:
@@ -77,7 +77,7 @@ class PairCollator:
         return packs
 
     def check_fits(self, example: Example, name: str = "a pair") -> None:
-        """Raise if a pair alone is longer than ``max_tokens``.
+        """Check that a pair alone is not longer than ``max_tokens``.
 
         Raises:
             DataError: Naming the pair, its tokens and the line to write.
@@ -91,13 +91,13 @@ class PairCollator:
 
 
 def sequences(example: Example) -> tuple[list[int], list[int]]:
-    """What the model reads for chosen and for rejected."""
+    """Join the ids that the model reads for chosen and for rejected."""
     prompt = list(example["prompt_ids"])
     return prompt + list(example["chosen_ids"]), prompt + list(example["rejected_ids"])
 
 
 def shared_segments(example: Example) -> tuple[int, int, int]:
-    """Tokens of the longest common prefix, of the rest of chosen and of the rest of rejected; no rest is empty."""
+    """Count tokens of the longest common prefix, the rest of chosen and the rest of rejected; no rest is empty."""
     chosen, rejected = example["chosen_ids"], example["rejected_ids"]
     prompt = len(example["prompt_ids"])
     most = min(len(chosen), len(rejected)) - 1
@@ -107,7 +107,7 @@ def shared_segments(example: Example) -> tuple[int, int, int]:
 
 
 def padded_rows(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any]:
-    """The fields of a `PairBatch` of two padded rows per pair."""
+    """Lay out the fields of a `PairBatch` in two padded rows per pair."""
     rows = [row for side in zip(*map(sequences, examples), strict=True) for row in side]
     length = max(map(len, rows))
     input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
@@ -123,7 +123,7 @@ def padded_rows(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any
 
 
 def flat_row(examples: Sequence[Example]) -> dict[str, Any]:
-    """The fields of a flat `PairBatch`: nothing is read twice and nothing is padded."""
+    """Lay out the fields of a flat `PairBatch`: nothing is read twice and nothing is padded."""
     ids: list[int] = []
     positions, segments, chosen_positions, rejected_positions = [], [], [], []
     for example, (first, end) in zip(examples, _completions(examples), strict=False):
@@ -145,7 +145,7 @@ def flat_row(examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def _completions(examples: Sequence[Example]) -> Iterator[tuple[int, int]]:
-    """First and last-but-one-past position of each side's completion; a first token of all predicts nothing."""
+    """Yield where each side's completion begins and ends; nothing predicts the first token of a row."""
     for side in ("chosen_ids", "rejected_ids"):
         for example in examples:
             prompt = len(example["prompt_ids"])
@@ -175,7 +175,7 @@ def _fields(examples: Sequence[Example], logit_positions: list[Tensor]) -> dict[
 
 
 def pad_right(batch: dict[str, Any], pad_token_id: int, multiple: int) -> dict[str, Any]:
-    """Lengthen the rows to a multiple; what is added belongs to no pair."""
+    """Pad the rows to a multiple; padding belongs to no pair."""
     length = batch["input_ids"].shape[1]
     extra = -length % multiple
     if not extra:
@@ -203,12 +203,12 @@ def row_hash(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[in
 
 
 def to_pair_batch(collated: Mapping[str, Any]) -> PairBatch:
-    """Name the fields of a collated dict."""
+    """Make a `PairBatch` of a collated dict."""
     return PairBatch(**{name: collated[name] for name in PairBatch.__dataclass_fields__ if name in collated})
 
 
 def find_row(rows: Iterable[Example], key: bytes) -> str | None:
-    """What to call the row with this key in a message, or None if it is not among them."""
+    """Name the row with this hash for a message; None if it is not among them."""
     for number, row in enumerate(rows):
         if row_hash(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) == key:
             return row_name(row, number)

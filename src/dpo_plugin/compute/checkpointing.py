@@ -14,7 +14,7 @@ MARGIN = 0.15
 
 
 def layers_to_checkpoint(layers: int, tokens: int, bytes_per_token: float, free: int) -> int:
-    """Smallest number of checkpointed layers with which a step's activations fit.
+    """Find the smallest number of checkpointed layers with which a step's activations fit.
 
     Args:
         layers: Decoder layers.
@@ -48,7 +48,7 @@ def without_checkpointing(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def saved_bytes_per_token(layer: nn.Module, config: Any, device: torch.device | str, tokens: int = 256) -> float | None:
-    """Bytes per token that a decoder layer keeps for backward, measured by running it once without checkpointing.
+    """Measure the bytes per token that a decoder layer saves for backward, by running it once without checkpointing.
 
     None where the layer cannot be run by itself: one that takes other arguments (Falcon), or rotary embeddings of part
     of the head (phi-2, StableLM, gpt-oss).

@@ -12,7 +12,7 @@ READ_FROM_CONFIG = ("blt", "falcon", "gpt_neo", "gptj", "persimmon")
 
 
 def disable_dropout(*models: nn.Module | None) -> None:
-    """Set to 0 what models' modules draw at random in training.
+    """Set to 0 the dropout and noise that models' modules draw in training.
 
     TRL 1.9's ``disable_dropout`` takes ``nn.Dropout`` alone (trl/trainer/utils.py:182). Attention, however, gets
     ``attention_dropout`` of the config as a number (0.1 in Hunyuan and Seed-OSS), so policy and reference would not see

@@ -41,7 +41,7 @@ class ForwardOptions:
 
 @contextmanager
 def scoring_head(head: Any, batch: PairBatch, options: ForwardOptions) -> Iterator[None]:
-    """Let a head return scores of the completion tokens, (1, tokens, columns), instead of logits of all positions."""
+    """Context in which a head returns scores of completion tokens, (1, tokens, columns), instead of logits."""
     before = head.__dict__.get("forward")
     logits_of = head.forward
 
@@ -178,7 +178,7 @@ def _scores_and_gradient(
 
 
 def token_scores(logits: Tensor, labels: Tensor, options: ForwardOptions) -> Tensor:
-    """(tokens, columns) of what logits say of labels; only the first column has a gradient.
+    """Score labels by their logits, (tokens, columns); only the first column has a gradient.
 
     Args:
         logits: (tokens, vocabulary), any float dtype; taken to fp32 first. TRL 1.9 takes the log-softmax and its sum in
@@ -198,5 +198,5 @@ def token_scores(logits: Tensor, labels: Tensor, options: ForwardOptions) -> Ten
 
 
 def at_least_fp32(values: Tensor) -> Tensor:
-    """The values in fp32, or as they are if they are finer."""
+    """Cast values to fp32, unless they are finer."""
     return values if values.dtype == torch.float64 else values.float()

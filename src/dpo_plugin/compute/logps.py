@@ -67,7 +67,7 @@ def run_model(model: Callable[..., Any], batch: PairBatch, options: ForwardOptio
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside DDP's or DeepSpeed's wrapper."""
+    """Get the model inside DDP's or DeepSpeed's wrapper."""
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
     return model
@@ -79,7 +79,7 @@ def scores_in_head(model: Any) -> bool:
 
 
 def _rows_to_keep(batch: PairBatch) -> tuple[Tensor, Tensor]:
-    """Positions that predict a completion token in any row, and where ``batch.logit_positions`` is among them."""
+    """Find positions that predict a completion token in any row, and ``batch.logit_positions`` among them."""
     length = batch.input_ids.shape[1]
     keep, place = torch.unique(batch.logit_positions % length, return_inverse=True)
     return keep, batch.logit_positions // length * len(keep) + place
@@ -89,7 +89,7 @@ def _rows_to_keep(batch: PairBatch) -> tuple[Tensor, Tensor]:
 
 
 def sum_completions(scores: Tensor, batch: PairBatch, options: ForwardOptions) -> CompletionLogps:
-    """Sums and means over each side's tokens.
+    """Sum and average over each side's tokens.
 
     Args:
         scores: (tokens, columns) of `token_scores`.
@@ -117,7 +117,7 @@ def sum_completions(scores: Tensor, batch: PairBatch, options: ForwardOptions) -
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of long sums: fp64, so that they keep their digits; Apple's GPUs have none."""
+    """Choose the dtype of long sums: fp64, so that they keep their digits; Apple's GPUs have none."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -137,7 +137,7 @@ def sum_per_side(values: Tensor, batch: PairBatch) -> Tensor:
 
 
 def completion_logps(logits: Tensor, batch: PairBatch, options: ForwardOptions | None = None) -> CompletionLogps:
-    """The same from the logits of all positions, (rows, length, vocabulary): the plain path."""
+    """Score completions from the logits of all positions, (rows, length, vocabulary): the plain path."""
     options = options or ForwardOptions()
     rows = logits.flatten(0, 1)[batch.logit_positions]
     return sum_completions(token_scores(rows, batch.labels, options), batch, options)
@@ -179,7 +179,7 @@ def total_loss(
     options: LossOptions,
     wpo_weights: Tensor | None = None,
 ) -> Tensor:
-    """Weighted sum of losses, (pairs,).
+    """Add up weighted losses, (pairs,).
 
     Args:
         logps: Policy and reference.

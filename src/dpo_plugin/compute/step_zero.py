@@ -15,7 +15,7 @@ LEAST_NOISE = 2**-16
 
 
 def tolerance(logps: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """Largest |log π − log π_ref| that rounding explains where π = π_ref, (sides,) nats.
+    """Bound |log π − log π_ref| by what rounding explains where π = π_ref, (sides,) nats.
 
     ε√n + one fp32 spacing of the sum, where ε, nats per token, is ``dtype``'s spacing at 1 and `LEAST_NOISE` at least.
 
@@ -67,7 +67,7 @@ class Deviation:
 
 
 def largest_deviation(logps: PairLogps, dtype: torch.dtype) -> Deviation:
-    """The deviation that exceeds its `tolerance` most.
+    """Find the deviation that exceeds its `tolerance` most.
 
     Args:
         logps: Policy and reference.

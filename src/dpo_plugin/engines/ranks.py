@@ -43,7 +43,7 @@ def check_ranks_agree(facts: Mapping[str, Any]) -> None:
 
 
 def on_any_rank(accelerator: Any, condition: bool) -> bool:
-    """Whether a condition holds on any rank; all ranks must call."""
+    """Find out whether a condition holds on any rank; all ranks must call."""
     if accelerator.num_processes == 1:
         return condition
     flag = torch.tensor([float(condition)], device=accelerator.device)
@@ -99,7 +99,7 @@ def without_exchange(accelerator: Any, model: Any) -> Iterator[None]:
 
 
 def rows_that_count(accelerator: Any, training: bool) -> float:
-    """Rows of this rank's micro-batch, from the first on, that are not there to make all ranks' batches equal.
+    """Count this rank's rows, from the first on, that are not there to make all ranks' batches equal.
 
     accelerate fills the last batches of an evaluation with rows that have been seen; only `gather_for_metrics`, which
     transformers calls for the losses, leaves them out.

@@ -44,7 +44,7 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def reference_digest(model: PolicyReferenceModel) -> str:
-    """SHA-256 of the reference adapter as the engine holds it; all ranks must call."""
+    """Digest the reference adapter, SHA-256, as the engine holds it; all ranks must call."""
     with gathered(parameter for _, parameter in model.adapter_parameters()):
         return adapter_digest(model, REFERENCE, full_tensor)
 

@@ -29,7 +29,7 @@ from dpo_plugin.types import PairBatch
 
 
 def attach_adapters(settings: RunSettings, base: nn.Module, peft_config: Any, seed: int) -> nn.Module:
-    """Attach policy and reference adapter to the base, or give it as it is in full fine-tuning."""
+    """Attach policy and reference adapter to the base; in full fine-tuning, return it unchanged."""
     adapter = settings.policy or peft_config  # axolotl evaluate passes no peft_config
     if adapter is None:
         return base
@@ -40,7 +40,7 @@ def attach_adapters(settings: RunSettings, base: nn.Module, peft_config: Any, se
 
 
 def shares_prefixes(settings: RunSettings, base: Any) -> bool:
-    """Whether batches are flat; says so once where they are not.
+    """Decide whether batches are flat, and log why if they are not.
 
     Raises:
         ConfigError: With ``prefix_sharing: true`` on a model that cannot.
@@ -70,7 +70,7 @@ def prepare_models(flat: bool, *models: Any) -> None:
 
 
 def make_collator(settings: RunSettings, kwargs: dict[str, Any], flat: bool) -> PairCollator:
-    """Our collator, which keeps sources and row hashes, in place of TRL's or of the host's.
+    """Make our collator, which keeps sources and row hashes, in place of TRL's or the host's.
 
     The host's, for ``pad_to_multiple_of``, looks for ``*_input_ids``, which TRL 1.9 no longer makes
     (axolotl 0.19, utils/collators/dpo.py); tests/integration/test_data_runs.py holds the key.
@@ -81,7 +81,7 @@ def make_collator(settings: RunSettings, kwargs: dict[str, Any], flat: bool) -> 
 
 
 def make_step(trainer: Any) -> PreferenceStep:
-    """The step of a `PreferenceTrainer` whose reference is set up."""
+    """Make the step of a `PreferenceTrainer` whose reference is set up."""
     config, args = trainer.settings.config, trainer.args
     names, losses = trainer.loss_types, get_registry().losses
     weights = args.loss_weights or [1.0] * len(names)
@@ -105,12 +105,12 @@ def make_step(trainer: Any) -> PreferenceStep:
 
 
 def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that gradient checkpointing can be switched on for."""
+    """List the layers that support gradient checkpointing."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _locate_pair(trainer: Any, batch: PairBatch, pair: int) -> str:
-    """Step, row and source of a pair whose log-probability is not finite, what it comes from, and what to write."""
+    """Say at which step and row a log-probability is not finite, what causes it, and what to write."""
     found = ((name, find_row(data, batch.row_hashes[pair])) for name, data in named_datasets(trainer))
     row = next((f"{row} of the {name} data" for name, row in found if row), "a pair")
     cause = weights_not_finite(trainer.model, trainer.ref_model) or (
@@ -124,7 +124,7 @@ def _locate_pair(trainer: Any, batch: PairBatch, pair: int) -> str:
 
 
 def named_datasets(trainer: Any) -> Iterator[tuple[str, Any]]:
-    """The trainer's data sets with a name for messages."""
+    """Yield the trainer's data sets, each with a name for messages."""
     if trainer.train_dataset is not None:
         yield "training", trainer.train_dataset
     evaluation = trainer.eval_dataset
@@ -149,7 +149,7 @@ def check_lengths(trainer: Any) -> None:
 
 
 def longest_row(trainer: Any) -> int:
-    """Tokens of the longest row of any data set, padding included."""
+    """Count the tokens of the longest row of any data set, padding included."""
     rows = (ids for _, data in named_datasets(trainer) for row in data for ids in sequences(row))
     multiple = trainer.data_collator.pad_to_multiple_of or 1
     return -(-max(map(len, rows), default=0) // multiple) * multiple

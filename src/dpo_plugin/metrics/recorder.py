@@ -1,4 +1,4 @@
-"""What is added to a log line, over all ranks."""
+"""The metrics that are added to a log line, over all ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHOWN_PAIRS = 500
 
 
 class MetricRecorder:
-    """Collects the metrics of forwards and gives those of a log line.
+    """Collects metrics from forwards, and averages them for a log line.
 
     Args:
         accelerator: Reduces and gathers over ranks.
@@ -79,7 +79,7 @@ class MetricRecorder:
         return {f"{prefix}{name}": value for name, value in found.items()}
 
     def reward_course(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Prefix of the log's fields → ``start`` and ``end`` → the step, and rewards of at most `SHOWN_PAIRS` pairs."""
+        """Give prefix of fields → ``start``, ``end`` → the step and rewards of at most `SHOWN_PAIRS` pairs."""
         return {
             prefix: {when: {"step": step, **_columns(rewards)} for when, (step, rewards) in course.items()}
             for prefix, course in self._rewards.items()
@@ -90,12 +90,12 @@ class MetricRecorder:
         return self._adapter_norms.figures(model, self._sum, self._accelerator.process_index)
 
     def trained_dtype(self) -> str | None:
-        """Dtype in which the optimizer updates most of the weights; known from the first `adapter_norms` on."""
+        """Name the dtype in which the optimizer updates most weights; known from the first `adapter_norms` on."""
         dtype = self._adapter_norms.dtype
         return None if dtype is None else str(dtype).removeprefix("torch.")
 
     def remember_start(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Let a resumed run measure displacement from the log-probs per token that its first line had."""
+        """Measure displacement in a resumed run from the log-probs per token of its first line."""
         names = ("logps/chosen_per_token", "logps/rejected_per_token")
         for mode, prefix in (("train", ""), ("eval", "eval_")):
             start = next((line for line in lines if all(prefix + name in line for name in names)), None)

@@ -53,7 +53,7 @@ class CachedReference:
         self._unchecked = CHECKED
 
     def logps(self, model: Any, batch: PairBatch, forward: Forward, anew: bool = False) -> Tensor:
-        """(pairs, 2) fp32 nats; from the cache if every rank has all of its rows there.
+        """Get log-probs, (pairs, 2) fp32 nats; from the cache if every rank has all of its rows there.
 
         Args:
             model: As in `ReferenceStrategy.run`.

@@ -45,7 +45,7 @@ class AnswerOptions:
 
 
 def generate(model: Any, prompts: Sequence[Sequence[int]], options: AnswerOptions) -> list[list[int]]:
-    """Answers to prompts, with the token that ended each; the model's own sampling defaults are not used.
+    """Answer prompts, with the token that ended each; the model's own sampling defaults are not used.
 
     The run's random numbers stay as they are: greedy answers draw none, others draw from a state of their own.
 
@@ -89,7 +89,7 @@ def _settings(model: Any, options: AnswerOptions) -> Iterator[None]:
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, (prompts, longest)."""
+    """Pad prompts on the left: ids and attention mask, (prompts, longest)."""
     length = max(map(len, prompts))
     ids = [[pad_token_id] * (length - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -97,7 +97,7 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tenso
 
 
 def until_stop(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
-    """Ids up to and with the first stop id."""
+    """Cut ids behind the first stop id."""
     end = next((place + 1 for place, token in enumerate(ids) if token in stop_ids), len(ids))
     return list(ids[:end])
 
@@ -187,5 +187,5 @@ class Sampler:
 
 
 def _generator(model: Any) -> Any:
-    """The model whose ``generate`` runs; of a PEFT model the base, in which the adapter layers are."""
+    """Get the model whose ``generate`` runs; of a PEFT model the base, which holds the adapter layers."""
     return model.get_base_model() if isinstance(model, PolicyReferenceModel) else model

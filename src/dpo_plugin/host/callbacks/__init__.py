@@ -1,4 +1,4 @@
-"""What happens in a run at its steps, and what of the trainer it may use."""
+"""Callbacks of a run, and the part of the trainer that they may use."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class RunningTrainer(Protocol):
         """Compute and cache the reference's log-probs of a collated micro-batch."""
 
     def get_train_dataloader(self) -> Any:
-        """Batches of the training data."""
+        """Make a loader of the training data."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Batches of evaluation data."""
+        """Make a loader of evaluation data."""

@@ -1,4 +1,4 @@
-"""As many checkpointed layers as the config says, or as memory needs."""
+"""Checkpoints as many layers as the config says, or as memory requires."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class CheckpointLayers(TrainerCallback):  # type: ignore[misc]
         return layers_to_checkpoint(len(layers), self._longest(), per_token, free - states)
 
     def _longest(self) -> int:
-        """Tokens of the longest forward."""
+        """Count the tokens of the longest forward."""
         collator = self.trainer.data_collator
         longest = max(collator.tokens([row]) for row in self.trainer.train_dataset)
         most = longest * int(self.trainer.args.per_device_train_batch_size)

@@ -45,11 +45,11 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
 
     @property
     def findings(self) -> list[Finding]:
-        """What was found so far, errors first."""
+        """Findings so far, errors first."""
         return in_order(self.monitor.findings.values()) if self.monitor else []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Begin with what is known before the first step, and with the lines of a run that is resumed.
+        """Check what is known before the first step, including the lines of a run that is resumed.
 
         Raises:
             HealthError: If a check with the action ``stop`` finds something already.
@@ -67,7 +67,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         self._act(self.monitor.check())
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Look at the line that was just logged.
+        """Check the line that was just logged.
 
         Raises:
             HealthError: If a check with the action ``stop`` finds something.
@@ -80,7 +80,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
             self._act(self.monitor.add(state.log_history[-1]))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Write what was found, and the report."""
+        """Write the findings and the report."""
         self._finish()
 
     @property
@@ -110,7 +110,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
             (self.folder / RUN).write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
 
     def _finish(self) -> None:
-        """Write the findings and the report; that it fails must not cost a run that has ended well."""
+        """Write the findings and the report; a failure must not cost a run that has ended well."""
         findings = [finding.to_dict() for finding in self.findings]
         self._write(findings=findings, rewards=self.trainer.recorder.reward_course())
         if not self.report or not self.trainer.is_world_process_zero():
@@ -125,7 +125,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def run_facts(trainer: RunningTrainer) -> RunFacts:
-    """What is known of a run before its first step."""
+    """Collect what is known of a run before its first step."""
     model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
     strategy, settings = trainer.reference.strategy, trainer.settings
     lora = model.peft_config[POLICY] if isinstance(model, PolicyReferenceModel) else None
@@ -161,7 +161,7 @@ def _trainable_share(model: Any) -> float:
 
 
 def read_audits(output_dir: Path) -> list[dict[str, Any]]:
-    """The data audits that preparation left in the output folder."""
+    """Read the data audits that preparation left in the output folder."""
     file = output_dir / "data_audit.json"
     if not file.is_file():
         return []

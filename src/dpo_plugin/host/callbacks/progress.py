@@ -16,7 +16,7 @@ from dpo_plugin.model.adapters import PolicyReferenceModel
 
 
 class Progress(ProgressCallback):  # type: ignore[misc]
-    """Takes the place of the host's bar, which prints every field of every line.
+    """Replaces the host's bar, which prints every field of every line.
 
     Bars are drawn on a terminal alone; the short lines are printed in any case, and without bars they say how long the
     run has taken and will take. All fields are in dpo_log.jsonl, the report and the trackers.
@@ -35,7 +35,7 @@ class Progress(ProgressCallback):  # type: ignore[misc]
         self._disable = None if bars else True  # None: where the output is no terminal
 
     def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
-        """Say how much there is to do, and draw the bar of the run."""
+        """Log how much there is to do, and draw the bar of the run."""
         self._started, self._first = self._clock(), state.global_step
         if state.is_world_process_zero:
             LOG.info(f"dpo_plugin: {_amount(args, state, train_dataloader)}")
@@ -64,7 +64,7 @@ class Progress(ProgressCallback):  # type: ignore[misc]
             tqdm.write(text)
 
     def _time(self, state: Any) -> str:
-        """Time gone and, at the pace so far, left; empty where a bar shows it."""
+        """Format the time gone and, at the pace so far, left; empty if a bar shows it."""
         done = state.global_step - self._first
         if done <= 0 or (self._disable is None and sys.stderr.isatty()):
             return ""
@@ -76,7 +76,7 @@ class Progress(ProgressCallback):  # type: ignore[misc]
 
 
 def _amount(args: Any, state: Any, loader: Any) -> str:
-    """Pairs, pairs per step and steps of a run."""
+    """Describe the pairs, pairs per step and steps of a run."""
     micro, accumulation, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     factors = {"micro_batch_size": micro, "accumulated": accumulation, "processes": ranks}
     made = " × ".join(
@@ -88,7 +88,7 @@ def _amount(args: Any, state: Any, loader: Any) -> str:
 
 
 def log_setup(trainer: Any) -> None:
-    """Say what a `PreferenceTrainer` trains, against which reference, and what it has found in the cache."""
+    """Log what a `PreferenceTrainer` trains, against which reference, and what it found in the cache."""
     settings = trainer.settings
     fresh = "a fresh LoRA" if isinstance(trainer.model, PolicyReferenceModel) else "the base model"
     start = settings.policy.path if settings.policy else fresh

@@ -1,4 +1,4 @@
-"""What the reference and the ranks need from the training loop."""
+"""Cache and movement of the reference in the training loop, and whether ranks agree."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
             self.trainer.cache_reference(inputs)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take over what other ranks have computed in the epoch before."""
+        """Load what other ranks computed in the epoch before."""
         if self.trainer.accelerator.num_processes > 1 and state.epoch:
             self._share()
 
@@ -67,11 +67,11 @@ class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
         self.trainer.reference.strategy.after_step(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Write what is new."""
+        """Write new log-probs to the cache."""
         self._flush()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Write what is new."""
+        """Write new log-probs to the cache."""
         self._flush()
 
     def _flush(self) -> None:
@@ -85,7 +85,7 @@ class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def _facts(trainer: RunningTrainer) -> dict[str, Any]:
-    """What must be equal on every rank before the first step."""
+    """Collect what must be equal on every rank before the first step."""
     digests = getattr(trainer.accelerator.unwrap_model(trainer.model), "digests", {})
     losses = trainer.preference_step.losses
     return {

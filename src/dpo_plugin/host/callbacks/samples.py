@@ -34,7 +34,7 @@ FILE = "samples.jsonl"
 
 
 def prompt_ids(trainer: RunningTrainer, settings: SamplesConfig) -> list[list[int]]:
-    """Token ids of the prompts that a config asks for.
+    """Tokenise the prompts that a config asks for.
 
     Args:
         trainer: The trainer.
@@ -59,7 +59,7 @@ def prompt_ids(trainer: RunningTrainer, settings: SamplesConfig) -> list[list[in
 
 
 def make_sampler(trainer: RunningTrainer, settings: SamplesConfig, seed: int) -> Sampler:
-    """A sampler on a trainer's policy and reference."""
+    """Make a sampler of a trainer's policy and reference."""
     tokenizer = trainer.processing_class
     options = AnswerOptions(
         max_new_tokens=settings.max_new_tokens,
@@ -73,7 +73,7 @@ def make_sampler(trainer: RunningTrainer, settings: SamplesConfig, seed: int) ->
 
 
 def _stop_ids(trainer: RunningTrainer) -> tuple[int, ...]:
-    """What ends an answer: the tokenizer's and the model's end tokens, and what ends the answers of the data."""
+    """Collect what ends an answer: the end tokens of tokenizer and model, and the last tokens of the data's answers."""
     own = getattr(trainer.model.generation_config, "eos_token_id", None)
     found = {trainer.processing_class.eos_token_id, *(own if isinstance(own, list) else [own])}
     for _, data in named_datasets(trainer):
@@ -85,7 +85,7 @@ def _stop_ids(trainer: RunningTrainer) -> tuple[int, ...]:
 
 
 class SamplesCallback(TrainerCallback):  # type: ignore[misc]
-    """Every so many steps, and at the last: policy's and reference's answers to the console, a file and the trackers.
+    """Sends answers of policy and reference to console, file and trackers, every so many steps and at the last.
 
     The main process does it alone, on the unwrapped model; other ranks wait in their next exchange.
 
@@ -101,7 +101,7 @@ class SamplesCallback(TrainerCallback):  # type: ignore[misc]
         self._last: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Make the prompts ready."""
+        """Prepare the prompts."""
         trainer = self.trainer
         if trainer.is_fsdp_enabled:  # by accelerate's own settings; the YAML's are refused before weights are read
             raise refusal("FSDP")
@@ -117,7 +117,7 @@ class SamplesCallback(TrainerCallback):  # type: ignore[misc]
             self._take(args, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take them of a run that was stopped early."""
+        """Take samples of a run that was stopped early."""
         self._take(args, state)
 
     def _take(self, args: Any, state: Any) -> None:

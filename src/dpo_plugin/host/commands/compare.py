@@ -113,7 +113,7 @@ def compare(config: str | Path, prompts: str | None = None, checkpoint: str | No
 
 
 def _raw_config(path: Path, prompts: str | None) -> Any:
-    """The YAML for one process, with a section ``samples``.
+    """Read the YAML for one process, with a section ``samples``.
 
     Raises:
         ConfigError: If it does not use dpo_plugin.
@@ -129,7 +129,7 @@ def _raw_config(path: Path, prompts: str | None) -> Any:
 
 
 def _policy_folder(raw: Mapping[str, Any], checkpoint: str | None) -> Path:
-    """Where the policy is.
+    """Find the folder of the policy.
 
     Raises:
         ConfigError: If there is none.
@@ -146,7 +146,7 @@ def _policy_folder(raw: Mapping[str, Any], checkpoint: str | None) -> Path:
 
 
 def _load(raw: Any, folder: Path) -> tuple[Any, RunSettings]:
-    """The validated config for this machine, and our settings with the trained policy in the policy's place.
+    """Validate the config for this machine, and put the trained policy in the policy's place.
 
     Raises:
         DPOPluginError: For what the config alone shows to be wrong.
@@ -173,7 +173,7 @@ def _load(raw: Any, folder: Path) -> tuple[Any, RunSettings]:
 
 
 def _trainer(cfg: Any, settings: RunSettings, folder: Path) -> Any:
-    """The run's own trainer, with the base model loaded once; of full fine-tuning, policy and base."""
+    """Build the run's own trainer, with the base model loaded once; in full fine-tuning, policy and base."""
     data = _datasets(cfg, settings)
     of_policy = copy.deepcopy(cfg)
     if not cfg.adapter:
@@ -198,7 +198,7 @@ def _trainer(cfg: Any, settings: RunSettings, folder: Path) -> Any:
 
 
 def _datasets(cfg: Any, settings: RunSettings) -> TrainDatasetMeta:
-    """The run's data; the audit in ``output_dir`` stays the one of the training."""
+    """Load the run's data; the audit in ``output_dir`` stays that of the training."""
     with tempfile.TemporaryDirectory() as folder:
         elsewhere = DictDefault({**cfg, "output_dir": folder})
         return host_datasets.load_datasets(elsewhere, settings) or load_preference_datasets(cfg=cfg)
@@ -223,7 +223,7 @@ def _measure(trainer: Any, settings: RunSettings, folder: Path) -> Comparison:
 
 
 def _note(folder: Path, facts: Mapping[str, str]) -> str | None:
-    """What to say where the policy was trained against another reference than the config names."""
+    """Say so if the policy was trained against another reference than the config names."""
     made_with = (read_marker(folder) or {}).get("reference", facts)
     if made_with == dict(facts):
         return None
@@ -231,7 +231,7 @@ def _note(folder: Path, facts: Mapping[str, str]) -> str | None:
 
 
 def held_out(metrics: Mapping[str, float]) -> dict[str, Figures]:
-    """Figures of the evaluation pairs by source, if there are several; under "" those of all.
+    """Collect the figures of the evaluation pairs: under "" of all, and by source if there are several.
 
     Args:
         metrics: What `PreferenceTrainer.evaluate` gives.

@@ -38,7 +38,7 @@ def write_card(trainer: RunningTrainer) -> None:
 def model_card(
     output_dir: Path, base: str, facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]], adapter: bool
 ) -> str:
-    """Markdown with the front matter that the hub reads.
+    """Format the card in Markdown, with the front matter that the hub reads.
 
     Args:
         output_dir: Where ``data_audit.json`` may be.

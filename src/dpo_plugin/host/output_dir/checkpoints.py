@@ -1,4 +1,4 @@
-"""Which checkpoint a run may resume from: a whole one, made with the same base, reference and adapter settings."""
+"""Which checkpoint a run may resume from: a complete one, made with the same base, reference and adapter settings."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Origin:
 
 
 def write_marker(folder: Path, origin: Origin, files: Mapping[str, str] | None = None) -> None:
-    """Say in a saved folder what it was trained with.
+    """Write into a saved folder what it was trained with.
 
     Args:
         folder: A checkpoint or the output folder.
@@ -58,7 +58,7 @@ def write_marker(folder: Path, origin: Origin, files: Mapping[str, str] | None =
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
-    """What `write_marker` wrote, or None where that cannot be read or has changed."""
+    """Read what `write_marker` wrote; None if it cannot be read or has changed."""
     try:
         content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         digest = content.pop("digest")
@@ -72,7 +72,7 @@ def _digest_of(content: Mapping[str, Any]) -> str:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """Path in the folder → SHA-256, for all files but the marker.
+    """Compute path in the folder → SHA-256 for all files but the marker.
 
     Raises:
         OSError: If one cannot be read.
@@ -92,7 +92,7 @@ def _sha256(file: Path) -> str:
 
 
 def fault(folder: Path) -> str | None:
-    """Why a checkpoint cannot be resumed, or None if each of its files is as it was saved."""
+    """Say why a checkpoint cannot be resumed; None if each of its files is as it was saved."""
     if not (folder / "trainer_state.json").is_file():
         return "is incomplete: trainer_state.json is missing"
     if (content := read_marker(folder)) is None:
@@ -112,7 +112,7 @@ def fault(folder: Path) -> str | None:
 def checkpoint_to_resume(
     asked: str | bool | None, named_by_user: bool, output_dir: Path, origin: Origin, local_main: bool = True
 ) -> str | None:
-    """The checkpoint that a run resumes from, the same on all ranks; all ranks must call.
+    """Find the checkpoint that a run resumes from, the same on all ranks; all ranks must call.
 
     Args:
         asked: What the host passes to ``Trainer.train``.
@@ -184,7 +184,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _not_resumable(folder: Path) -> str | None:
-    """Why a complete checkpoint cannot be resumed: transformers would start a fresh optimizer without a word."""
+    """Say why a complete checkpoint cannot be resumed: transformers would start a fresh optimizer without a word."""
     saved = (read_marker(folder) or {}).get("files", {})
     if any(name.startswith(("optimizer", "global_step")) for name in saved):
         return None
@@ -192,7 +192,7 @@ def _not_resumable(folder: Path) -> str | None:
 
 
 def check_origin(folder: Path, origin: Origin) -> None:
-    """Refuse a whole checkpoint that was trained with something else.
+    """Refuse a complete checkpoint that was trained with something else.
 
     Raises:
         CheckpointError: Naming what differs.

@@ -41,7 +41,7 @@ def hold(output_dir: Path) -> None:
 
 
 def release(output_dir: Path) -> None:
-    """Give the folder back if this process has it."""
+    """Release the folder if this process holds it."""
     file = output_dir / LOCK
     if _read(file) == _ours():
         file.unlink(missing_ok=True)
@@ -53,7 +53,7 @@ def _ours() -> dict[str, Any]:
 
 
 def _create(file: Path) -> bool:
-    """Write the lock, unless there is one."""
+    """Write the lock unless one exists; says whether it did."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("x", encoding="utf-8") as lock:
@@ -68,7 +68,7 @@ def _create(file: Path) -> bool:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """Who holds the lock; None if the lock is incomplete."""
+    """Read who holds the lock; None if the lock is incomplete."""
     try:
         holder = json.loads(file.read_text(encoding="utf-8"))
         return {"pid": int(holder["pid"]), "host": str(holder["host"]), "started": float(holder["started"])}

@@ -1,4 +1,4 @@
-"""A save that fails ends the run with what failed, where, and what to write."""
+"""Turns a save that fails into an error that says what failed, where, and what to write."""
 
 from __future__ import annotations
 
