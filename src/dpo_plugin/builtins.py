@@ -10,7 +10,14 @@ from dpo_plugin.health.checks import CHECKS
 from dpo_plugin.health.monitor import HealthCheck
 from dpo_plugin.hookspecs import hookimpl
 from dpo_plugin.metrics.pair import METRICS, PreferenceMetric
-from dpo_plugin.model.references import STRATEGIES, ReferenceStrategy
+from dpo_plugin.model.ema import EmaReference
+from dpo_plugin.model.references import (
+    AdapterReference,
+    BaseReference,
+    ModelReference,
+    NoReference,
+    ReferenceStrategy,
+)
 
 
 @hookimpl
@@ -22,7 +29,13 @@ def dpo_preference_formats() -> Mapping[str, PreferenceFormat]:
 @hookimpl
 def dpo_reference_strategies() -> Mapping[str, type[ReferenceStrategy]]:
     """Our reference strategies."""
-    return STRATEGIES
+    return {
+        "adapter": AdapterReference,
+        "base": BaseReference,
+        "model": ModelReference,
+        "ema": EmaReference,
+        "none": NoReference,
+    }
 
 
 @hookimpl

@@ -46,8 +46,8 @@ def dpo_reference_strategies() -> Mapping[str, type[ReferenceStrategy]]:  # type
 def dpo_losses() -> Mapping[str, PreferenceLoss]:  # type: ignore[empty-body]
     """Losses: ``(PairLogps, LossOptions) -> Tensor (pairs,)``; used as ``dpo_loss_type: [<name>]``.
 
-    A function declares what it is with ``@LossTraits(...)`` of `dpo_plugin.compute.losses`. One that does not may see a
-    batch's pairs together, so its batches are not split by ``max_tokens``; no option is refused for it.
+    A function declares what it is with ``@LossTraits(...)`` of `dpo_plugin.compute.loss_traits`. One that does not may
+    see a batch's pairs together, so its batches are not split by ``max_tokens``; no option is refused for it.
     """
 
 

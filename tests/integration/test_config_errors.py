@@ -8,7 +8,8 @@ import pytest
 from axolotl.utils.dict import DictDefault
 
 from dpo_plugin import hookimpl, registry
-from dpo_plugin.compute.losses import LOSSES, LossTraits
+from dpo_plugin.compute.loss_traits import LossTraits
+from dpo_plugin.compute.losses import LOSSES
 from dpo_plugin.config import DPOPluginArgs
 from dpo_plugin.errors import AdapterError, ConfigError, DataError, DPOPluginError
 from dpo_plugin.host.plugin import DPOPlugin, check_host_memory

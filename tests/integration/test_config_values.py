@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.host.commands.cli import dpo
-from dpo_plugin.host.trl_names import LINES
+from dpo_plugin.host.yaml_keys import LINES_OF_OTHERS as LINES
 from dpo_plugin.host.yaml_keys import RawConfig, typed
 from tests.fuzz import configs
 from tests.support import host

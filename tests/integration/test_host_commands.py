@@ -112,7 +112,7 @@ def test_commands_before_training_say_that_there_is_no_adapter(base_dir, sft_dir
 def test_what_splits_the_model_is_left_out_on_one_process_alone(command, engine, monkeypatch):
     from axolotl.utils.dict import DictDefault
 
-    from dpo_plugin.host.command import leave_out_engine, running_command
+    from dpo_plugin.host.commands.running import leave_out_engine, running_command
 
     monkeypatch.setattr(sys, "argv", ["axolotl", command, "config.yaml"])
     for ranks in ("1", "8"):

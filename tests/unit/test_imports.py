@@ -35,11 +35,7 @@ FLOORS = [
 
 LONGEST_FUNCTION, LONGEST_FILE, LARGEST_FOLDER = 40, 300, 12
 
-NOT_YET = {
-    "host",
-    "plan/memory.py",
-    "plan/planner.py",
-}
+NOT_YET: set[str] = set()
 """What is known to break a rule below; it only shrinks, since an entry that breaks none any more fails its test."""
 
 

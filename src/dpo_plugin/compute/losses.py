@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from dpo_plugin.compute.loss_traits import LossTraits
 from dpo_plugin.config import LossConfig
 from dpo_plugin.types import PairLogps
 
@@ -39,43 +38,6 @@ class LossOptions(LossConfig):
 
 
 PreferenceLoss = Callable[[PairLogps, LossOptions], Tensor]
-
-AnyLoss = TypeVar("AnyLoss", bound=PreferenceLoss)
-
-
-@dataclass(frozen=True)
-class LossTraits:
-    """What a loss declares about itself, as its decorator: ``@LossTraits(couples_pairs=True)``.
-
-    Attributes:
-        couples_pairs: Whether a pair's loss depends on the other pairs of the batch, which then cannot be split.
-        uses_label_smoothing: Whether it uses ε.
-        needs_label_smoothing: Whether ε must be above 0.
-        takes_divergence: Whether another f-divergence than the reverse KL has a meaning for it: it is a function of the
-            difference of two scores, in which β log Z(x) cancels, or has no score. TRL refuses the others too
-            (trl 6559).
-    """
-
-    couples_pairs: bool = False
-    uses_label_smoothing: bool = False
-    needs_label_smoothing: bool = False
-    takes_divergence: bool = False
-
-    def __call__(self, loss: AnyLoss) -> AnyLoss:
-        """Attach the traits to a loss."""
-        loss.traits = self  # type: ignore[attr-defined]
-        return loss
-
-
-UNDECLARED = LossTraits(couples_pairs=True, uses_label_smoothing=True, takes_divergence=True)
-"""Traits of a function that declares none: its batch is not split, and no option of the YAML is refused for it."""
-
-
-def traits_of(loss: PreferenceLoss) -> LossTraits:
-    """Give what a loss declares, or `UNDECLARED`."""
-    traits: LossTraits = getattr(loss, "traits", UNDECLARED)
-    return traits
-
 
 EXPONENT_LIMIT = 80.0
 """Largest exponent of the α-divergence, so that its exponential stays finite in fp32; TRL has the same."""

@@ -16,8 +16,8 @@ from transformers import EarlyStoppingCallback
 from dpo_plugin.engines.sharded import reference_digest
 from dpo_plugin.errors import AdapterError, ConfigError, report_errors
 from dpo_plugin.host import datasets as host_datasets
-from dpo_plugin.host.command import intended_rl, leave_out_engine, running_command, use_trained_adapter
 from dpo_plugin.host.commands.merge_lora import complete_merges
+from dpo_plugin.host.commands.running import intended_rl, leave_out_engine, running_command, use_trained_adapter
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.output_dir.lock import hold, release
 from dpo_plugin.host.settings import RunSettings, read_settings

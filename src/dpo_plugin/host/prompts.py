@@ -1,9 +1,12 @@
-"""The prompts of the section ``samples``: checked before a model is loaded, rendered as the training data is."""
+"""Chat templates of the data, and the prompts of the section ``samples``, which are rendered as the data is."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from axolotl.utils.chat_templates import get_chat_template_from_config
+from axolotl.utils.dict import DictDefault
 
 from dpo_plugin.config import SamplesConfig
 from dpo_plugin.data.render import Renderer
@@ -13,6 +16,28 @@ from dpo_plugin.samples.prompts import read_prompts
 from dpo_plugin.types import Message, PreferencePair, RenderedPair
 
 KEY = "dpo_plugin.samples.prompts"
+
+
+def renderer_of(
+    cfg: Mapping[str, Any], entry: Mapping[str, Any], tokenizer: Any, refuse_special_tokens: bool
+) -> Renderer:
+    """Make the renderer of one dataset entry; its template comes before the config's and the tokenizer's own.
+
+    Args:
+        cfg: `RunSettings.template`, or the host's config, which holds the same keys.
+        entry: The entry.
+        tokenizer: The tokenizer.
+        refuse_special_tokens: Whether text that holds a control token is refused.
+    """
+    own = entry.get("chat_template") or ("jinja" if entry.get("chat_template_jinja") else None)
+    choice = own or cfg.get("chat_template")
+    return Renderer(
+        tokenizer,
+        get_chat_template_from_config(cfg, DictDefault({**entry, "chat_template": own}), tokenizer) if choice else None,
+        name=f"chat_template {choice}" if choice else "the tokenizer's chat template",
+        template_kwargs=cfg.get("chat_template_kwargs") or {},
+        refuse_special_tokens=refuse_special_tokens,
+    )
 
 
 def check_samples(samples: SamplesConfig | None, engine: EngineSettings, held_out: bool) -> None:

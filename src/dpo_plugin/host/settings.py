@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_plugin.compute.losses import LossTraits, traits_of
-from dpo_plugin.config import Action, DPOPluginConfig, LossConfig, ReferenceConfig, parse_config
+from dpo_plugin.compute.loss_traits import check_divergence, check_smoothing, check_split
+from dpo_plugin.config import Action, DPOPluginConfig, ReferenceConfig, parse_config
 from dpo_plugin.engines.config import EngineSettings, check_parallel
 from dpo_plugin.errors import ConfigError, DataError
 from dpo_plugin.health.monitor import HealthCheck
 from dpo_plugin.host.prompts import check_samples
-from dpo_plugin.host.trl_names import check_names
-from dpo_plugin.host.yaml_keys import DATA_SUFFIXES
+from dpo_plugin.host.yaml_keys import DATA_SUFFIXES, check_names
 from dpo_plugin.metrics.pair import TRL_METRICS, PreferenceMetric
 from dpo_plugin.model.adapters import AdapterFolder
 from dpo_plugin.model.hub import open_adapter
@@ -128,59 +127,17 @@ def _check_host_keys(cfg: Mapping[str, Any]) -> None:
 
 def _check_losses(cfg: Mapping[str, Any], config: DPOPluginConfig, registry: Registry) -> None:
     names = cfg.get("dpo_loss_type") or ["ipo" if cfg.get("rl") == "ipo" else "sigmoid"]
-    traits = {name: traits_of(registry.losses.find(name, "dpo_loss_type")) for name in names}
+    losses = {name: registry.losses.find(name, "dpo_loss_type") for name in names}
     weights = cfg.get("dpo_loss_weights")
     if weights is not None and len(weights) != len(names):
         raise ConfigError(
             f"`dpo_loss_weights` has {len(weights)} numbers for {len(names)} losses ({', '.join(names)}). "
             f"Write: dpo_loss_weights: {[1.0] * len(names)}"
         )
-    known = {name: traits_of(registry.losses[name]) for name in sorted(registry.losses)}
-    _check_smoothing(cfg.get("dpo_label_smoothing"), traits, known)
-    _check_divergence(config.loss, traits, known)
-    coupled = [name for name in names if traits[name].couples_pairs]
-    if config.compute.max_tokens is not None and coupled:
-        says = "sees its pairs together" if hasattr(registry.losses[coupled[0]], "traits") else _MAY_COUPLE
-        raise ConfigError(
-            f"`dpo_plugin.compute.max_tokens` splits a micro-batch, but the loss {coupled[0]!r} {says}. "
-            "Remove max_tokens. Write: max_tokens: null"
-        )
-
-
-_MAY_COUPLE = "does not declare that it sees each pair alone (@LossTraits(), docs/hooks.md)"
-
-
-def _check_divergence(config: LossConfig, traits: Mapping[str, LossTraits], known: Mapping[str, LossTraits]) -> None:
-    given = config.f_divergence
-    plain = given == "reverse_kl" or (given == "alpha_divergence" and config.f_alpha == 1)
-    refused = [name for name, of in traits.items() if not of.takes_divergence]
-    if refused and not plain:
-        raise ConfigError(
-            f"`dpo_plugin.loss.f_divergence: {given}` has no meaning for the loss {', '.join(refused)}, which is no "
-            "function of the difference of two scores; it has for "
-            f"{', '.join(name for name, of in known.items() if of.takes_divergence)}. Write: f_divergence: reverse_kl"
-        )
-
-
-def _check_smoothing(given: Any, traits: Mapping[str, LossTraits], known: Mapping[str, LossTraits]) -> None:
-    smoothing = given or 0
-    if smoothing and not any(of.uses_label_smoothing for of in traits.values()):
-        users = ", ".join(name for name, of in known.items() if of.uses_label_smoothing)
-        raise ConfigError(
-            f"`dpo_label_smoothing: {given}` is not used by {', '.join(traits)}, only by {users}. "
-            "Write: dpo_label_smoothing: 0"
-        )
-    needs = [name for name, of in traits.items() if of.needs_label_smoothing]
-    if needs and not 0 < smoothing < 0.5:
-        raise ConfigError(
-            f"`dpo_label_smoothing: {given}` must be above 0 and below 0.5 for the loss {needs[0]}, which takes its "
-            "logarithm. Write: dpo_label_smoothing: 0.001"
-        )
-    if not 0 <= smoothing < 0.5:
-        raise ConfigError(
-            f"`dpo_label_smoothing: {given}` is the share of flipped preferences, at least 0 and below 0.5. "
-            "Write: dpo_label_smoothing: 0.1"
-        )
+    check_smoothing(cfg.get("dpo_label_smoothing"), losses, registry.losses)
+    check_divergence(config.loss, losses, registry.losses)
+    if config.compute.max_tokens is not None:
+        check_split(losses)
 
 
 def _policy_folder(cfg: Mapping[str, Any]) -> AdapterFolder | None:

@@ -11,7 +11,8 @@ from trl import DPOTrainer
 from dpo_plugin.compute.batching import PairCollator, to_pair_batch
 from dpo_plugin.compute.lm_head import ForwardOptions
 from dpo_plugin.compute.logps import completion_logps, pair_logps, total_loss
-from dpo_plugin.compute.losses import LOSSES, LossOptions, score, traits_of
+from dpo_plugin.compute.loss_traits import traits_of
+from dpo_plugin.compute.losses import LOSSES, LossOptions, score
 from dpo_plugin.types import PairLogps
 
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from dpo_plugin.compute import attention
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.model.adapters import AdapterFolder, attach
-from dpo_plugin.model.references import STRATEGIES, ReferenceStrategy
+from dpo_plugin.model.references import ReferenceStrategy
+from dpo_plugin.registry import get_registry
 from dpo_plugin.samples import generate as answers
 from dpo_plugin.samples.generate import AnswerOptions, Sampler, generate
 from dpo_plugin.samples.prompts import prompts_of_pairs, read_prompts, user_turn
@@ -59,7 +60,7 @@ def logp(model, prompt, answer):
 
 
 def sampler(model, tokenizer, strategy="adapter", **settings):
-    made = strategy if isinstance(strategy, ReferenceStrategy) else STRATEGIES[strategy](model)
+    made = strategy if isinstance(strategy, ReferenceStrategy) else get_registry().reference_strategies[strategy](model)
     return Sampler(made, tokenizer, OPTIONS, beta=0.3, **settings)
 
 
@@ -154,7 +155,7 @@ class TestSampler:
 
     def test_a_second_model_answers_itself(self, model, oracles, tokenizer):
         base, _, policy = oracles
-        strategy = STRATEGIES["model"](policy, ref_model=base)
+        strategy = get_registry().reference_strategies["model"](policy, ref_model=base)
         (sample,) = sampler(policy, tokenizer, strategy)(policy, PROMPTS[:1])
         assert sample.reference.text == tokenizer.decode(greedy(base, PROMPTS[0], 12), skip_special_tokens=True).strip()
 

@@ -21,8 +21,8 @@ from dpo_plugin.errors import CheckpointError, ConfigError
 from dpo_plugin.host import datasets as host_datasets
 from dpo_plugin.host.callbacks.progress import Progress
 from dpo_plugin.host.callbacks.samples import make_sampler, prompt_ids
-from dpo_plugin.host.command import ENGINE_KEYS
 from dpo_plugin.host.commands import config_file as configs
+from dpo_plugin.host.commands.running import ENGINE_KEYS
 from dpo_plugin.host.output_dir.checkpoints import read_marker
 from dpo_plugin.host.output_dir.resume import REFERENCE_STATE, load_reference
 from dpo_plugin.host.plugin import DPOPlugin
