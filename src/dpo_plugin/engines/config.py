@@ -118,7 +118,7 @@ class EngineSettings:
 
 
 def coarsest_dtype(cfg: Mapping[str, Any]) -> torch.dtype:
-    """The coarsest dtype that a raw config multiplies in, by its resolution.
+    """Find the dtype of coarsest resolution that a raw config multiplies in.
 
     axolotl 0.19 takes 16 bits where the machine can and the YAML does not say (utils/config/__init__.py,
     resolve_dtype). 8-bit weights round their inputs too, more than bf16 does in parts. TF32 has fp16's resolution.
@@ -135,7 +135,7 @@ def coarsest_dtype(cfg: Mapping[str, Any]) -> torch.dtype:
 
 
 def fsdp_keys(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """``fsdp_config`` with its keys' old prefix taken off, as axolotl does."""
+    """Take the old prefix off the keys of ``fsdp_config``, as axolotl does."""
     return {key.removeprefix("fsdp_"): value for key, value in (cfg.get("fsdp_config") or {}).items()}
 
 
@@ -183,7 +183,7 @@ def may_load_once(cfg: Mapping[str, Any]) -> bool:
 
 
 def read_deepspeed(setting: Any) -> Mapping[str, Any]:
-    """The DeepSpeed settings, from a file or as they stand in the YAML.
+    """Read the DeepSpeed settings from a file, or as the YAML gives them.
 
     Raises:
         ConfigError: If the file is missing or does not hold a JSON object.
@@ -205,7 +205,7 @@ def read_deepspeed(setting: Any) -> Mapping[str, Any]:
 
 
 def typed_deepspeed(found: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """A DeepSpeed config with every key that we look at in its type.
+    """Validate the keys of a DeepSpeed config that are looked at.
 
     Raises:
         ConfigError: Naming the file and the first key whose value cannot be what it means.

@@ -21,9 +21,9 @@ from dpo_plugin.model.references import ReferenceStrategy
 def open_cache(
     settings: RunSettings, strategy: ReferenceStrategy, base: str, config: Any, longest: Callable[[], int]
 ) -> ReferenceLogpCache | None:
-    """The cache for this base, reference, precision and code; None if the reference's log-probs are not kept.
+    """Open the cache for this base, reference, precision and code; None if nothing is cached.
 
-    With ``precompute_ref_log_probs`` and ``cache: false`` they are kept in memory.
+    With ``precompute_ref_log_probs`` and ``cache: false`` it lives in memory.
 
     Args:
         settings: The run's settings.
@@ -39,7 +39,7 @@ def open_cache(
     if limit is not None and longest() > limit:
         LOG.warning(
             "dpo_plugin: reference log-probs are not kept. This model's rotary frequencies depend on the longest row "
-            f"of a batch as soon as it has more than {limit} tokens, and so do the log-probs of all rows beside it. To "
+            f"of a batch as soon as it has more than {limit} tokens, and so do the log-probs of all rows in it. To "
             f"keep them, write: sequence_len: {limit}"
         )
         return None
@@ -56,7 +56,7 @@ def open_cache(
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """Most that two forwards of one model, in batches of other shapes, may differ: nats per square root of a token.
+    """Bound by how much two forwards of one model may differ in batches of other shapes: nats per √token.
 
     Eight times the spacing of the numbers that the run multiplies. 16-bit training and serving of one model differ by a
     Kullback-Leibler divergence of about 8e-4 nats a token in bf16 (arXiv 2510.26788), which is 0.04 in this unit.
@@ -68,7 +68,7 @@ def rounding(dtype: torch.dtype) -> float:
 
 
 def base_identity(base: Any) -> str:
-    """SHA-256 of the base model as loaded: its config, and a local folder's weights or name and commit on the hub."""
+    """Hash the base model as loaded: its config, and a local folder's weights or its name and commit on the hub."""
     folder = Path(str(base.config.name_or_path))
     commit = f"{base.config.name_or_path}@{getattr(base.config, '_commit_hash', None)}"
     return cache_key(weights=weights_digest(folder) if folder.is_dir() else commit, config=config_digest(base.config))

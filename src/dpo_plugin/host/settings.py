@@ -1,4 +1,4 @@
-"""What the raw YAML says, checked as far as the config alone can tell."""
+"""`RunSettings`: what the raw YAML says, read once and checked as far as the config alone can tell."""
 
 from __future__ import annotations
 

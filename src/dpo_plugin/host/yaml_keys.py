@@ -129,7 +129,7 @@ class RawConfig(HostKeys):
 
 
 def typed(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """A raw config with every key that we look at in its type; the other keys as they are.
+    """Validate the keys of a raw config that are looked at; leave the others as they are.
 
     Raises:
         ConfigError: Naming the first key whose value cannot be what the key means, and the line to write.
@@ -199,7 +199,7 @@ LINES_OF_OTHERS = {
     "optim": "optimizer: {}",
     "dataset_name": "datasets: [{{path: {}, type: dpo_plugin.chat}}]",
 }
-"""Another library's name → the line that means the same here, with the value that was given in place of ``{}``."""
+"""Another library's name → the line that means the same here, with the given value in place of ``{}``."""
 
 
 def check_names(cfg: Mapping[str, Any]) -> None:

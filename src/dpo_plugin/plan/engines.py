@@ -102,7 +102,7 @@ class MemoryNeed:
 
 
 def linear_bytes(sizes: Sizes, given: PlanInput) -> tuple[int, int]:
-    """Bytes of the linear weights, and of the states of their quantisation.
+    """Count bytes of the linear weights and of their quantisation states.
 
     NF4 has a maximum per block of 64 weights: fp32, or with double quantisation 8 bits and fp32 per 256 of them
     (arXiv 2305.14314, section 3); 8 bits have an fp32 scale per row (arXiv 2208.07339).
@@ -115,7 +115,7 @@ def linear_bytes(sizes: Sizes, given: PlanInput) -> tuple[int, int]:
 
 
 def one_in_full(sizes: Sizes, given: PlanInput) -> int:
-    """Bytes of the largest quantised weight in full, as backward makes it (bitsandbytes, MatMul4Bit.backward)."""
+    """Count bytes of the largest quantised weight in full, as backward makes it (bitsandbytes, MatMul4Bit.backward)."""
     return max(sizes.linear) * given.width if given.bits else 0
 
 

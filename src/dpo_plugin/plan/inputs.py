@@ -48,7 +48,7 @@ def check(cfg: Mapping[str, Any], path: str) -> None:
 
 
 def planned_engine(cfg: Mapping[str, Any], engine: EngineSettings) -> str:
-    """The column of the plan that is the config's own.
+    """Name the column of the plan that is the config's own engine.
 
     Raises:
         ConfigError: If the engine is one that is not planned.
@@ -65,7 +65,7 @@ def planned_engine(cfg: Mapping[str, Any], engine: EngineSettings) -> str:
 
 
 def zero3_settings(engine: EngineSettings, column: str, hidden: int, width: int) -> Zero3:
-    """ZeRO-3's settings: those of the config's JSON, with transformers' values for "auto"; else those of `SHIPPED`."""
+    """Collect ZeRO-3's settings: the JSON's, with transformers' values for "auto"; without one, those of `SHIPPED`."""
     offload = dict.fromkeys(("offload_parameters", "offload_optimizer"), column == "zero3_offload")
     if not engine.deepspeed:
         return replace(SHIPPED_ZERO3, width=width, **offload)
@@ -92,10 +92,10 @@ def half(cfg: Mapping[str, Any]) -> bool:
 
 
 def model_config(cfg: Mapping[str, Any]) -> Any:
-    """The base model's transformers config.
+    """Load the base model's transformers config.
 
     Raises:
-        ConfigError: If it cannot be had.
+        ConfigError: If it cannot be loaded.
     """
     base = str(cfg.get("base_model_config") or cfg.get("base_model") or "")
     folder = Path(base).expanduser()
@@ -113,7 +113,7 @@ def model_config(cfg: Mapping[str, Any]) -> Any:
 
 
 def reference_strategy(cfg: Mapping[str, Any], reference: ReferenceConfig) -> type[ReferenceStrategy]:
-    """The strategy that a config asks for.
+    """Look up the strategy that a config asks for.
 
     Raises:
         ConfigError: If it is unknown, or the adapter is of another kind than LoRA.
@@ -124,7 +124,7 @@ def reference_strategy(cfg: Mapping[str, Any], reference: ReferenceConfig) -> ty
 
 
 def adapter_configs(cfg: Mapping[str, Any], reference: ReferenceConfig) -> dict[str, LoraConfig]:
-    """LoRA settings of policy and reference: those of the adapters' folders where these exist, else the YAML's.
+    """Collect LoRA settings of policy and reference: the adapter folders' where they exist, else the YAML's.
 
     Raises:
         ConfigError: If neither tells them, or the reference strategy is unknown.
@@ -153,7 +153,7 @@ def _lora(cfg: Mapping[str, Any], folder: Any) -> LoraConfig:
 
 
 def plan_input(cfg: Mapping[str, Any], column: str, ranks: int, reference: ReferenceConfig) -> PlanInput:
-    """What decides how many bytes a config's model takes on an engine."""
+    """Collect what decides how many bytes a config's model takes on an engine."""
     optimizer = str(cfg.get("optimizer") or "adamw_torch_fused")
     quantiser, full = cfg.get("bnb_config_kwargs") or {}, not cfg.get("adapter")
     bits = 4 if cfg.get("load_in_4bit") else 8 if cfg.get("load_in_8bit") else None
@@ -174,7 +174,7 @@ def plan_input(cfg: Mapping[str, Any], column: str, ranks: int, reference: Refer
 
 
 def longest_step(cfg: Mapping[str, Any], compute: ComputeConfig, config: Any, given: PlanInput, column: str) -> Step:
-    """The longest checkpointed forward: micro_batch_size pairs of 2 × sequence_len, or ``max_tokens``."""
+    """Describe the longest checkpointed forward: micro_batch_size pairs of 2 × sequence_len, or ``max_tokens``."""
     length, pairs = int(cfg.get("sequence_len") or 512), int(cfg.get("micro_batch_size") or 1)
     if (most := compute.max_tokens) is not None:
         length = min(length, -(-most // 2))

@@ -63,7 +63,7 @@ def memory_here() -> int:
 
 
 def this_machine() -> Machine:
-    """The machine of a run that is about to start, whose GPUs' memory is not asked."""
+    """Describe the machine of a run that is about to start; its GPUs' memory is not asked for."""
     return Machine(int(os.environ.get("LOCAL_WORLD_SIZE") or 0) or torch.cuda.device_count() or 1, 0, memory_here())
 
 
@@ -115,7 +115,7 @@ class Planner:
         return self._models[key]
 
     def engine_bytes(self, column: str, cfg: Mapping[str, Any], given: PlanInput) -> EngineBytes:
-        """What an engine holds besides activations."""
+        """Compute what an engine holds besides activations."""
         sizes = self.model(cfg).sizes
         if column == "ddp":
             return engines.ddp(sizes, given)
@@ -127,7 +127,7 @@ class Planner:
         return engines.zero3(sizes, given, inputs.zero3_settings(self.engine, column, hidden, given.width))
 
     def activations(self, cfg: Mapping[str, Any], given: PlanInput, column: str) -> Activations:
-        """Activations of a variant; the first ``checkpoint_layers`` decoder layers are checkpointed, or all."""
+        """Compute a variant's activations; the first ``checkpoint_layers`` decoder layers are checkpointed, or all."""
         model, wanted = self.model(cfg), self.compute.checkpoint_layers
         layers = model.sizes.layers
         count = min(wanted, layers) if isinstance(wanted, int) else layers
@@ -143,7 +143,7 @@ class Planner:
         return found
 
     def need(self, column: str, cfg: Mapping[str, Any]) -> MemoryNeed:
-        """What an engine needs for a variant."""
+        """Compute what an engine needs for a variant."""
         given = inputs.plan_input(cfg, column, self.machine.gpus, self.reference)
         held = self.engine_bytes(column, cfg, given)
         try:
@@ -159,7 +159,7 @@ class Planner:
         return MemoryNeed(parts, found.loss, held.load + CONTEXT, sum(parts.values()), host)
 
     def change(self, column: str) -> dict[str, Any] | None:
-        """Keys that make the config fit an engine, none if it does; None if it does not with any that were tried."""
+        """Find keys that make the config fit an engine: empty if it fits; None if nothing that was tried makes it."""
         made: dict[str, Any] = {}
         while limit := self.need(column, {**self.cfg, **made}).limit(self.machine):
             more = _next_change({**self.cfg, **made}, column, limit, "adapter" in made)
@@ -171,7 +171,7 @@ class Planner:
         return made
 
     def verdict(self, column: str) -> dict[str, Any]:
-        """One engine's numbers, whether it fits, what limits it, and what to write."""
+        """Report one engine's numbers, whether it fits, what limits it, and what to write."""
         if self.cfg.get("load_in_8bit") and column != "ddp":
             return {"fits": False, "limit": "load_in_8bit", "change": None, "recipe": []}
         need, change = self.need(column, self.cfg), self.change(column)
@@ -195,7 +195,7 @@ class Planner:
         }
 
     def result(self) -> dict[str, Any]:
-        """Everything, JSON-ready.
+        """Plan every engine, JSON-ready.
 
         Raises:
             ConfigError: If the config offloads to a host that has too little memory.
@@ -223,7 +223,7 @@ class Planner:
         }
 
     def host_shortage(self) -> str | None:
-        """What to say where the config moves weights or states to a host that has too little memory."""
+        """Explain that the config offloads to a host with too little memory; None where it does not."""
         if not self.engine.offloads:
             return None
         need, has = self.need(self.used, self.cfg).host, self.machine.host
@@ -249,7 +249,7 @@ class Planner:
 
 
 def _next_change(cfg: Mapping[str, Any], column: str, limit: str, tried: bool) -> dict[str, Any] | None:
-    """The next change to try: first what leaves the result as it is, a shorter sequence last.
+    """Choose the next change to try: first what leaves the result as it is, a shorter sequence last.
 
     Args:
         cfg: The config with the changes so far.

@@ -17,7 +17,7 @@ ROWS = (
 
 
 def engine_lines(column: str, cfg: Mapping[str, Any], layer_class: str) -> list[str]:
-    """Lines of YAML that make another engine out of a config's.
+    """Write the YAML lines that switch a config to another engine.
 
     Args:
         column: The engine.
@@ -40,7 +40,7 @@ def engine_lines(column: str, cfg: Mapping[str, Any], layer_class: str) -> list[
 
 
 def plan_report(plan: Mapping[str, Any]) -> list[Any]:
-    """The plan as a table and lines for the terminal."""
+    """Lay the plan out as a table and lines for the terminal."""
     known = {engine: found for engine, found in plan["engines"].items() if "parts_gib" in found}
     table = Table("", title=f"{plan['config']}: GiB on each of {plan['gpus']} GPUs of {plan['gpu_memory_gib']:g} GiB")
     for engine in known:
