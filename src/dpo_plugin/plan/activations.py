@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from torch.utils._pytree import tree_leaves
 from dpo_plugin.compute import attention
 from dpo_plugin.compute.batching import PairCollator, to_pair_batch
 from dpo_plugin.compute.lm_head import ForwardOptions
-from dpo_plugin.compute.logps import completion_logps, pair_logps, run_model, scores_in_head
+from dpo_plugin.compute.logps import completion_logps, run_model, scores_in_head
 from dpo_plugin.compute.losses import LossOptions, sigmoid
+from dpo_plugin.compute.step import score_pairs
 from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel
 from dpo_plugin.plan.sizes import Sizes, check_targets, count, on_meta, quantisable
 from dpo_plugin.types import CompletionLogps, PairBatch
@@ -175,16 +177,19 @@ def run_on_fakes(model: Any, step: Step) -> Activations:
             mark = base.get_output_embeddings().register_forward_pre_hook(
                 lambda *_: marks.extend([seen.live, seen.restart()])
             )
-            with _autocast(step):
-                policy = _forward(model, batch, step)
-            mark.remove()
-            kept, loss = seen.live, seen.peak - marks[0]
-            with torch.no_grad(), _reference(model), _autocast(step):
-                reference = torch.stack(_forward(model, batch, step).sums.chunk(2), dim=1)
-            logps = pair_logps(policy, reference, beta=0.1)
-            forward = max(marks[1], seen.restart())
+
+            def reference(model: Any, batch: PairBatch) -> Tensor:
+                mark.remove()
+                marks.extend([seen.live, seen.peak])
+                with torch.no_grad(), _reference(model):
+                    return torch.stack(forward(model, batch).sums.chunk(2), dim=1)
+
+            forward = partial(_forward, step=step)
+            logps, _ = score_pairs(model, batch, forward, reference, beta=0.1)
+            before_head, at_head, kept, scored = marks
+            highest = max(at_head, seen.restart())
             sigmoid(logps, LossOptions(beta=0.1)).mean().backward()  # type: ignore[no-untyped-call]
-    return Activations(kept, forward - kept, seen.peak - kept, loss)
+    return Activations(kept, highest - kept, seen.peak - kept, scored - before_head)
 
 
 def _fill(model: Any, base: Any, step: Step) -> None:
@@ -228,6 +233,7 @@ def _reference(model: Any) -> Any:
 
 def _forward(model: Any, batch: PairBatch, step: Step) -> CompletionLogps:
     options = ForwardOptions(chunk=step.chunk)
-    if scores_in_head(model):
-        return run_model(model, batch, options)
-    return completion_logps(model(input_ids=batch.input_ids, use_cache=False).logits, batch, options)
+    with _autocast(step):
+        if scores_in_head(model):
+            return run_model(model, batch, options)
+        return completion_logps(model(input_ids=batch.input_ids, use_cache=False).logits, batch, options)
