@@ -103,3 +103,14 @@ def test_a_full_fine_tuning_whose_updates_bf16_rounds_away_is_told_so(base_dir, 
     assert found["learning_rate_below_precision"]["numbers"]["weights/changed"] < 0.1
     assert written(run)["facts"]["adapter_dtype"] == "bfloat16"
     assert written(run)["facts"]["trainable_share"] == 1
+
+
+def test_the_log_of_a_resumed_run_has_each_step_once(base_dir, sft_dir, tmp_path):
+    saves = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    out = host.train(config(base_dir, sft_dir, tmp_path, **saves), tmp_path).output_dir
+    with (out / "dpo_log.jsonl").open("a") as log:
+        log.write('{"step": 5, "lo')  # killed while it wrote
+    resumed = config(base_dir, sft_dir, tmp_path, **saves, resume_from_checkpoint=str(out / "checkpoint-2"))
+    host.train(resumed, tmp_path)
+    logged = [json.loads(line) for line in (out / "dpo_log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged if "loss" in line] == [1, 2, 3, 4]

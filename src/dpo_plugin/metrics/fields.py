@@ -1,4 +1,4 @@
-"""What each logged field means and what it should do, in a sentence, for people who read a run for the first time."""
+"""What each logged field means and what it should do, for people who read a run for the first time."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ FIELDS: dict[str, str] = {
     "logits/rejected": "Mean logit over the tokens of rejected. Should drift slowly.",
     "lengths/chosen": "Tokens of the preferred answer. A property of the data; should hold.",
     "lengths/rejected": "Tokens of the rejected answer. A property of the data; should hold.",
-    "lengths/margin_correlation": "How far the margin goes with the difference in length, −1 to 1. Should stay well "
-    "below 0.5.",
+    "lengths/margin_correlation": "Correlation of the margin with the difference in length, −1 to 1. Should stay "
+    "well below 0.5.",
     "lengths/accuracy_chosen_longer": "Accuracy where the preferred answer is the longer one. Should rise.",
     "lengths/accuracy_chosen_shorter": "Accuracy where the preferred answer is the shorter one. Should rise as well.",
     "entropy/chosen": "How undecided the policy is on chosen's tokens, nats per token. Should fall slowly, not to 0.",
@@ -62,7 +62,7 @@ FIELDS: dict[str, str] = {
 
 
 def explain(name: str) -> str:
-    """The sentence of a logged field; empty for one that is not ours."""
+    """Look up the sentence of a logged field; empty for one that is not ours."""
     held_out = name.startswith("eval_")
     bare = name.removeprefix("eval_")
     sentence = FIELDS.get(bare, "")

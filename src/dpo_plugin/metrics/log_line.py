@@ -1,4 +1,4 @@
-"""A log line for the eye: what a person wants to see at each logging step, in one line."""
+"""A log line for people: what matters at each logging step, in one line."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SHOWN = {
     "speed/pairs_per_second": "{:.3g} pairs/s",
     "samples_per_second": "{:.3g} pairs/s",
 }
-"""Field → how it is shown; one that a line lacks is left out."""
+"""Field → how it is shown, if the line has it."""
 
 
 def summary(line: Mapping[str, Any], step: int, steps: int, time: str = "") -> str:
-    """One short line for a line of the log.
+    """Shorten a line of the log for people.
 
     Args:
         line: Fields of a training step, of an evaluation, or of the end of a run.
@@ -51,7 +51,7 @@ def summary(line: Mapping[str, Any], step: int, steps: int, time: str = "") -> s
 
 
 def duration(seconds: float) -> str:
-    """Seconds as hours, minutes and seconds."""
+    """Format seconds as hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -12,7 +12,7 @@ from dpo_plugin.types import PairBatch
 
 
 class Throughput:
-    """Counts pairs, tokens, shared tokens and kept reference log-probs since the last `result`."""
+    """Counts pairs, tokens, shared tokens and cached reference log-probs since the last `result`."""
 
     def __init__(self) -> None:
         self._clear()
@@ -34,15 +34,15 @@ class Throughput:
         self._counts = [before + now for before, now in zip(self._counts, counts, strict=True)]
 
     def result(self, total: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
-        """Figures over all ranks, and start anew.
+        """Compute the figures over all ranks, and start anew.
 
         Args:
             total: Sums a 1-d tensor over ranks; called once.
             device: Where memory is measured.
 
         Returns:
-            Pairs and computed tokens per second; the share of tokens that sharing prefixes spared; the share of pairs
-            whose reference log-probs were kept; on CUDA, this rank's highest memory since the start in GiB.
+            Pairs and computed tokens per second; the share of tokens that sharing prefixes saved; the share of pairs
+            whose reference log-probs were cached; on CUDA, this rank's highest memory since the start in GiB.
         """
         seconds = max(time.perf_counter() - self._started, 1e-9)
         pairs, tokens, shared, separate, kept = total(torch.tensor(self._counts, dtype=torch.float32)).tolist()

@@ -17,7 +17,7 @@ MOST_LINES = 6
 """Curves in a chart; there are as many colours."""
 
 FIRST = ("loss", "accuracy", "margin", "rewards")
-"""Panels that are seen at once; the rest is folded."""
+"""Panels that are open; the others are folded."""
 
 OTHER_CHARTS = 12
 """Most charts of fields that no panel knows."""
@@ -74,8 +74,8 @@ PANELS = (
          "eval_logps/rejected_displacement": "rejected, held out"}, (0.0, ""),
     ),
     Panel(
-        "logps", "Log-probability of the answers", "Of the whole answer in nats; it jumps with the lengths of the "
-        "pairs. Chosen should not sink for long.",
+        "logps", "Log-probability of the answers", "Of the whole answer in nats; it varies with the lengths of the "
+        "pairs. Chosen should not keep falling.",
         {"logps/chosen": "chosen", "logps/rejected": "rejected", "eval_logps/chosen": "chosen, held out",
          "eval_logps/rejected": "rejected, held out"},
     ),
@@ -126,13 +126,13 @@ PANELS = (
         {"entropy/chosen": "chosen", "entropy/rejected": "rejected"},
     ),
     Panel(
-        "travel", "What the adapter travels", "Length of the difference between policy and reference adapter, which "
-        "grows ever more slowly, and of the update since the line before, which follows the learning rate.",
+        "drift", "Adapter drift", "Length of the difference between policy and reference adapter, which grows ever "
+        "more slowly, and of the update since the line before, which follows the learning rate.",
         {"adapter/distance": "from the reference", "adapter/update_norm": "since the line before"}, log=True,
     ),
     Panel(
-        "speed", "Pairs per second", "Over all ranks, evaluation and saving included. Should hold; a drop that stays "
-        "is another job on the machine, or data that grew longer.", {"speed/pairs_per_second": "training"},
+        "speed", "Pairs per second", "Over all ranks, evaluation and saving included. Should hold; a lasting drop "
+        "means another job on the machine, or longer data.", {"speed/pairs_per_second": "training"},
     ),
 )  # fmt: skip
 
@@ -144,7 +144,7 @@ MARKED_ON = {
     "saturated_pairs": "pairs", "quantised_rewards": "rewards", "learning_rate_below_precision": "rate",
     "reference_drift": "rewards",
 }  # fmt: skip
-"""Check → panel; another's is marked where one of its finding's numbers is drawn, or else on the loss."""
+"""Check → panel; other checks are marked where one of their finding's numbers is drawn, or else on the loss."""
 
 
 def charts(history: History, findings: Sequence[Finding], rewards: Rewards | None = None) -> Iterator[Chart]:
@@ -173,7 +173,7 @@ def charts(history: History, findings: Sequence[Finding], rewards: Rewards | Non
 
 
 def comparison(runs: Mapping[str, History]) -> Iterator[Chart]:
-    """The same measure of several runs in one chart; at most `MOST_LINES` runs."""
+    """Draw the same measure of several runs, at most `MOST_LINES`, in one chart."""
     shown = dict(list(runs.items())[:MOST_LINES])
     last = max(run.step for run in shown.values())
     for panel in PANELS:
@@ -192,7 +192,7 @@ def comparison(runs: Mapping[str, History]) -> Iterator[Chart]:
 
 
 def _over_beta(runs: Mapping[str, History], field: str, title: str, last: int) -> Iterator[Chart]:
-    """The margin over β, in nats: what runs of another β can be compared by."""
+    """Draw the margin over β, in nats, by which runs of different β can be compared."""
     lines = []
     for layer, (name, run) in enumerate(runs.items(), 1):
         if field in run and run.facts.beta:
@@ -200,13 +200,13 @@ def _over_beta(runs: Mapping[str, History], field: str, title: str, last: int) -
             scaled.steps, scaled.values = run[field].steps, array("d", (v / run.facts.beta for v in run[field].values))
             lines.append(Line(name, scaled, field.startswith("eval_"), layer=layer))
     if lines:
-        caption = "The margin before β, in nats, which runs of another β can be compared by."
+        caption = "The margin before β, in nats, by which runs of different β can be compared."
         key = f"all-nats-{field.replace('/', '-')}"
         yield Chart(key, title.replace("Margin", "Margin/β"), caption, lines, (0.0, ""), last=last)
 
 
 def ranked(history: History, name: str) -> Series:
-    """A series; of an accuracy, without the lines before the first update: all margins are 0 there, none is ranked."""
+    """Get a series; an accuracy without the lines before the first update, where all margins are 0."""
     series = history[name]
     if "/accurac" not in name:
         return series

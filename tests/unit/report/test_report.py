@@ -44,7 +44,7 @@ from dpo_plugin.types import Finding
 from tests.unit.health.test_health import recorded
 from tests.unit.metrics.test_metrics import some_pairs
 
-NOT_RECORDED = {"entropy", "travel", "speed", "logits"}
+NOT_RECORDED = {"entropy", "drift", "speed", "logits"}
 """Panels of fields that came after the runs were recorded."""
 
 
