@@ -34,7 +34,7 @@ class ReferenceConfig(_Section):
     cache: bool | Folder | None = Field(
         default=None,
         examples=[True],
-        description="Keep the reference's log-probs on disk: true (beside dataset_prepared_path), false, or a folder. "
+        description="Keep the reference's log-probs on disk: true (next to dataset_prepared_path), false, or a folder. "
         "Default: true for a reference that stays as it is.",
     )
     ema_alpha: Number = Field(
@@ -85,7 +85,7 @@ class DataConfig(_Section):
     roles: dict[Text, Role] = Field(
         default_factory=dict,
         examples=[{"visitor": "user"}],
-        description="Role names in the data → system, user, assistant, tool or developer, beside those known.",
+        description="Role names in the data → system, user, assistant, tool or developer, besides the known ones.",
     )
     truncation_side: Literal["left", "right"] = Field(
         default="right",
@@ -106,7 +106,7 @@ class DataConfig(_Section):
 
 
 class LossConfig(_Section):
-    """What the loss is made of, beside axolotl's rl_beta, dpo_loss_type, dpo_loss_weights and dpo_label_smoothing."""
+    """Settings of the loss besides axolotl's rl_beta, dpo_loss_type, dpo_loss_weights and dpo_label_smoothing."""
 
     f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
         default="reverse_kl", description="Divergence between policy and reference. Plain DPO: reverse_kl."
@@ -186,7 +186,7 @@ class SamplesConfig(_Section):
 
 
 class DPOPluginConfig(_Section):
-    """The whole section."""
+    """The ``dpo_plugin:`` section."""
 
     reference: ReferenceConfig = Field(
         default_factory=ReferenceConfig, examples=[{"strategy": "adapter"}], description="The reference policy."
@@ -205,7 +205,7 @@ class DPOPluginConfig(_Section):
     metrics: list[Text] | None = Field(
         default=None,
         examples=[["logratios/margin_per_token"]],
-        description="Names of registered metrics to log beside the usual ones. Default: all registered.",
+        description="Names of registered metrics to log along with the usual ones. Default: all registered.",
     )
     samples: SamplesConfig | None = Field(
         default=None,

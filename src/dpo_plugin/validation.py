@@ -41,7 +41,7 @@ def _with_exponent(value: Any) -> Any:
 
 
 def _folder(path: str) -> str:
-    """Refuse what cannot become a folder because a file is in its place."""
+    """Refuse a path that cannot become a folder because a file is in its place."""
     folder = Path(path).expanduser()
     try:
         there = next(one for one in (folder, *folder.parents) if one.exists())
@@ -95,7 +95,7 @@ def message(error: ValidationError, model: type[BaseModel]) -> str:
 
     Args:
         error: What validating against `model` raised.
-        model: The model; its fields have ``examples`` where the default is no line to write.
+        model: The model; its fields have ``examples`` where the default is not a line to write.
     """
     placed = [(_place(model, one), one) for one in error.errors(include_url=False, include_context=False)]
     place, problem = max(placed, key=lambda one: len(one[0].path))  # of a union, the member that was meant

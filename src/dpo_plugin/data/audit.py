@@ -122,7 +122,7 @@ def _percentiles(values: Any) -> dict[str, int]:
 
 
 def check_usable(audit: Mapping[str, Any], sequence_len: int, max_bad_rows: float) -> None:
-    """Stop if nothing, or too little, of a data set is left.
+    """Stop the run if nothing, or too little, of a data set is usable.
 
     Args:
         audit: Value of `Audit.to_dict`.

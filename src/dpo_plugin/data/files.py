@@ -78,10 +78,10 @@ def _array_items(read: Callable[[int], str]) -> Iterator[Any]:
     """The items of a JSON array; one that Python cannot hold (too deep, too long a number) is a `RowError`.
 
     Args:
-        read: Reads up to so many more characters; an empty text is the end.
+        read: Reads up to that many more characters; an empty text is the end.
 
     Raises:
-        ValueError: If the text is no JSON array.
+        ValueError: If the text is not a JSON array.
     """
     text, separator = read(_CHUNK), "["
     at = 0

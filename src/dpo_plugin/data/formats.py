@@ -45,7 +45,7 @@ def conversations(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
     The shared history is the longest common prefix of their messages; what follows is each one's completion.
 
     Raises:
-        RowError: If a column is missing or no message list, the conversations share no user turn, are equal,
+        RowError: If a column is missing or not a message list, the conversations share no user turn, are equal,
             or do not end with the assistant.
     """
     chosen = _messages(row, columns.chosen, columns)
@@ -107,7 +107,7 @@ def hh_rlhf(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
     r"""Two transcripts ``\n\nHuman: … \n\nAssistant: …``: Anthropic/hh-rlhf.
 
     Raises:
-        RowError: If a column is no transcript, or as `conversations`.
+        RowError: If a column is not a transcript, or as `conversations`.
     """
     both = {
         column: [{columns.role: role, columns.content: text} for role, text in _transcript(row, column)]

@@ -35,7 +35,7 @@ _BATCH = 2000  # rows tokenised at once: enough to keep every core of the tokeni
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """All that decides what rows become, beside tokenizer and format.
+    """Everything besides tokenizer and format that decides what rows become.
 
     Attributes:
         limit: The length limit.

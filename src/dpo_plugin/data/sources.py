@@ -22,10 +22,10 @@ _TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows that are read anew each time they are iterated, and none is kept.
+    """Rows that are read again on each iteration and never kept in memory.
 
     Attributes:
-        read: Gives each row, or the `RowError` of a line that is none, in file order.
+        read: Yields each row, or a `RowError` for a line that is not one, in file order.
         count: How many `read` gives.
         first: The first that is meant, from 0.
         last: The one after the last that is meant; None for all.

@@ -54,7 +54,7 @@ class StoredPairs:
     def load_or_write(
         self, batches: Callable[[], Iterable[pa.RecordBatch]], audit: Callable[[], dict[str, Any]]
     ) -> tuple[Dataset, dict[str, Any]]:
-        """The pairs and their audit, written first unless they are whole.
+        """Load the pairs and their audit, writing them first unless they are complete.
 
         Args:
             batches: Makes the pairs, as record batches of `FEATURES`.
@@ -93,7 +93,7 @@ class StoredPairs:
         return digest.hexdigest().encode()
 
     def _write(self, batches: Callable[[], Iterable[pa.RecordBatch]], audit: Callable[[], dict[str, Any]]) -> None:
-        """Write next to the folder and rename, so that a killed run leaves nothing that looks whole."""
+        """Write next to the folder and rename, so that a killed run leaves nothing that looks complete."""
         part = self.folder.with_name(f"{self.folder.name}.part")
         self.written = 0
         try:

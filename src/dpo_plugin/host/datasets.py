@@ -78,7 +78,7 @@ def _host_entries(settings: RunSettings) -> list[str]:
 
 
 def prepare_all(cfg: Any, settings: RunSettings) -> tuple[Any, dict[str, list[Dataset]], list[dict[str, Any]]]:
-    """Every data set of a config, prepared or read from the store.
+    """Load every data set of a config, preparing those that are not on disk yet.
 
     Returns:
         The tokenizer; ``datasets`` and ``test_datasets`` → their parts; and one audit per part.
@@ -101,7 +101,7 @@ def prepare_all(cfg: Any, settings: RunSettings) -> tuple[Any, dict[str, list[Da
 
 
 def preparation(cfg: Any, settings: RunSettings, entry: Mapping[str, Any], where: str, tokenizer: Any) -> Preparation:
-    """The preparation of one dataset entry, with the entry's own keys over the section's."""
+    """Prepare one dataset entry; its own keys override those of the section."""
     data = settings.config.data
     kind = str(entry["type"])
     read = HOST_TYPES[kind] if kind in HOST_TYPES else get_registry().formats[kind.removeprefix(PREFIX)]
@@ -119,7 +119,7 @@ def preparation(cfg: Any, settings: RunSettings, entry: Mapping[str, Any], where
 
 
 def _columns(data: DataConfig, entry: Mapping[str, Any]) -> Columns:
-    """Column names: ours by default, then ``dpo_plugin.data``, then the host's keys of the dataset entry."""
+    """Resolve column names: the host's keys of the dataset entry, then ``dpo_plugin.data``, then the usual ones."""
     properties = entry.get("message_property_mappings") or {}
     own = {name: entry.get(f"field_{name}") for name in ("chosen", "rejected", "messages")}
     own |= {name: properties.get(name) for name in ("role", "content")}
@@ -129,7 +129,7 @@ def _columns(data: DataConfig, entry: Mapping[str, Any]) -> Columns:
 
 
 def _source(cfg: Any, entry: Mapping[str, Any], where: str) -> RowSource:
-    """Rows of a local entry by our reader; of a hub, cloud or URL entry by the host's."""
+    """Open a local entry with our reader; a hub, cloud or URL entry with the host's."""
     if (source := local_source(entry)) is not None:
         return source
 

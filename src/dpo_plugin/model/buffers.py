@@ -18,7 +18,7 @@ TOLERANCE = 1e-5
 
 @torch.no_grad()
 def fresh_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Buffers that are not saved with a model, as its config says they are.
+    """Recompute the buffers that are not saved with a model from its config.
 
     They are computed by transformers' own ``_init_weights``, on copies of the modules that share nothing with them.
 
@@ -56,7 +56,7 @@ def _computed(module: nn.Module, name: str, buffer: Tensor) -> bool:
 
 
 def _on_meta(parameter: nn.Parameter | None) -> nn.Parameter | None:
-    """A stand-in that costs nothing to initialise, of the shape that ZeRO-3 has taken from a parameter."""
+    """Return a stand-in that costs nothing to initialise, with the shape that ZeRO-3 has taken from a parameter."""
     if parameter is None:
         return None
     shape = getattr(parameter, "ds_shape", parameter.shape)
@@ -66,9 +66,9 @@ def _on_meta(parameter: nn.Parameter | None) -> nn.Parameter | None:
 class ComputedBuffers:
     """The fp32 buffers that a model is to compute with, whatever an engine makes of them.
 
-    DeepSpeed casts a 16-bit model's buffers: ZeRO-3 as the modules are made (zero.Init), and 0.18 once more as a whole
-    (runtime/engine.py:1463). Among them are the frequencies of rotary position embeddings, whose angles are then off by
-    up to 2.4 radians at position 2048 of Qwen2.5: another model than the one that SFT trained and that is served.
+    DeepSpeed casts a 16-bit model's buffers: ZeRO-3 as the modules are made (zero.Init), and 0.18 again for all
+    of it (runtime/engine.py:1463). Among them are the rotary frequencies, whose angles are then off by up to 2.4
+    radians at position 2048 of Qwen2.5: another model than the one that SFT trained and that is served.
 
     Args:
         model: The model before an engine has it; its computed buffers are set to fresh ones.
@@ -113,5 +113,5 @@ class ComputedBuffers:
                 if "inv_freq" in name and buffer.dtype.itemsize < 4 and (module, name) not in fresh:
                     raise ConfigError(
                         f"`{where}.{name}` has been rounded to {buffer.dtype}, and transformers does not say how to "
-                        "compute it anew: positions would be off. Write: deepspeed: <a config of ZeRO stage 2>"
+                        "recompute it: positions would be off. Write: deepspeed: <a config of ZeRO stage 2>"
                     )

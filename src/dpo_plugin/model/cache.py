@@ -1,7 +1,7 @@
 """A cache of reference log-probs on disk, keyed by content, for any number of processes at once.
 
 Each process appends records to a file of its own; all files of a cache are read at the start. A record is the row's
-key, two log-probs and a checksum, so a torn or damaged one is recognised, skipped, and computed anew.
+key, two log-probs and a checksum, so an incomplete or damaged one is recognised, skipped, and computed again.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _CHECKED = struct.Struct("<32sffI")
 _SAMPLE, _SAMPLES = 1 << 16, 64  # bytes; 64 blocks tell two fine-tunes of one model apart without reading 145 GB
 
 _NEUTRAL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
-"""What a model's config says that does not change what it computes; the precision is a part of the key of its own."""
+"""Keys of a model's config that do not change what it computes; precision is a separate part of the cache key."""
 
 
 def cache_key(**parts: Any) -> str:
-    """SHA-256 of everything beside the row that reference log-probs depend on."""
+    """Hash everything but the row that reference log-probs depend on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def weights_digest(folder: Path) -> str:
-    """Digest of a model folder: config, and sizes and sampled blocks of every weight file."""
+    """Hash a model folder: config, and sizes and sampled blocks of every weight file."""
     digest = hashlib.sha256()
     files = sorted(file for pattern in ("config.json", "*.safetensors", "*.bin") for file in folder.glob(pattern))
     for file in files:
@@ -52,14 +52,14 @@ def weights_digest(folder: Path) -> str:
 
 
 def config_digest(config: Any) -> str:
-    """Digest of a model's config as loaded: with its overrides, rope scaling and the size of its vocabulary."""
+    """Hash a model's config as loaded: with its overrides, rope scaling and the size of its vocabulary."""
     facts = {name: value for name, value in config.to_dict().items() if name not in _NEUTRAL}
     content = json.dumps(facts, sort_keys=True, default=lambda value: type(value).__name__)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def rope_limit(config: Any) -> int | None:
-    """Tokens of a row from which on the rotary frequencies of all rows beside it change; None if they never do.
+    """Find the row length in tokens beyond which its batch's rotary frequencies change; None if they never do.
 
     transformers recomputes them by the longest row of a batch for ``dynamic`` and ``longrope``
     (modeling_rope_utils.py, ``dynamic_rope_update``), so a pair's log-prob depends on its neighbours.
@@ -74,35 +74,35 @@ def rope_limit(config: Any) -> int | None:
     return min(limits, default=None)
 
 
-def deviation(kept: Tensor, fresh: Tensor, tokens: Tensor) -> float:
-    """How far kept log-probs are from those of a forward, in nats per square root of a token.
+def deviation(cached: Tensor, fresh: Tensor, tokens: Tensor) -> float:
+    """Measure how far cached log-probs are from those of a forward, in nats per square root of a token.
 
     Rounding moves a token's log-prob by some σ in either direction, so a sum over n tokens by σ √n, and both figures
-    taken here by σ; a model that is another one moves all tokens, or the sum of all.
+    taken here by σ; another model moves every token, or their sum.
 
     Args:
-        kept: (pairs, 2) nats; NaN where none is kept.
+        cached: (pairs, 2) nats; NaN where none is cached.
         fresh: (pairs, 2) nats; what is not finite is left out, and refused elsewhere.
         tokens: (pairs, 2) number of tokens.
     """
-    known = ~torch.isnan(kept) & torch.isfinite(fresh)
+    known = ~torch.isnan(cached) & torch.isfinite(fresh)
     if not known.any():
         return 0.0
-    difference, tokens = (fresh - kept)[known].double(), tokens[known].double().clamp(min=1)
+    difference, tokens = (fresh - cached)[known].double(), tokens[known].double().clamp(min=1)
     single, together = (difference.square() / tokens).mean().sqrt(), difference.sum().abs() / tokens.sum().sqrt()
     return float(torch.maximum(single, together))
 
 
 class ReferenceLogpCache:
-    """Reference log-probs by row key, in memory and, where possible, on disk; what is not finite is never kept.
+    """Reference log-probs by row key, in memory and, where possible, on disk; non-finite values are never cached.
 
     Args:
-        folder: Where caches are kept; None keeps the values in memory alone.
+        folder: Parent of the caches; None keeps the values in memory only.
         key: What `cache_key` returned; one sub-folder each.
 
     Attributes:
         failure: Why nothing more is written to disk, or None.
-        damaged: Files on disk that cannot be read, and records that are torn, failed their checksum or are not finite.
+        damaged: Unreadable files on disk, and records that are incomplete, fail their checksum or are not finite.
     """
 
     def __init__(self, folder: Path | None, key: str):
@@ -148,7 +148,7 @@ class ReferenceLogpCache:
         return any(key in keys for keys in self._from_disk.values())
 
     def forget(self) -> None:
-        """Drop what was read from disk, there as well where this process may delete it."""
+        """Drop the records read from disk, and delete their files where permitted."""
         for file, keys in self._from_disk.items():
             for key in keys:
                 del self._values[key]
@@ -158,7 +158,7 @@ class ReferenceLogpCache:
         self._from_disk.clear()
 
     def reload(self) -> None:
-        """Read again what other processes have written meanwhile."""
+        """Read what other processes have written since."""
         if self.folder is not None:
             self._read(self.folder)
 
@@ -181,7 +181,7 @@ class ReferenceLogpCache:
                 self._unwritten.append(key)
 
     def flush(self) -> None:
-        """Append what is new to this process's file; on a full or read-only disk, go on and keep the reason."""
+        """Append new records to this process's file; on a full or read-only disk, continue and keep the reason."""
         if self._file is None or self.failure is not None or not self._unwritten:
             return
         records = b"".join(self._packed(key) for key in self._unwritten)

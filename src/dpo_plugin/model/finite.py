@@ -1,4 +1,4 @@
-"""Which weights a log-probability that is NaN or infinite may come from."""
+"""Find the weights that a NaN or infinite log-probability comes from."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _weights(model: nn.Module, ref_model: nn.Module | None) -> Iterator[tuple[st
 
 @torch.no_grad()
 def _held(parameter: Any) -> Iterator[Tensor]:
-    """What this rank holds of a parameter; of a 4-bit one the scales, for its codes are always finite."""
+    """Yield this rank's part of a parameter; of a 4-bit one its scales, since the codes are always finite."""
     if (state := getattr(parameter, "quant_state", None)) is not None:
         scales = (state.absmax, state.offset, getattr(state.state2, "absmax", None))
         yield from (scale for scale in scales if isinstance(scale, Tensor))

@@ -1,4 +1,4 @@
-"""Ways to begin a LoRA that change the base model, so that policy, reference and base cannot share it."""
+"""LoRA initialisations that change the base model, which policy and reference could then not share."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dpo_plugin.errors import AdapterError, ConfigError
 
 SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")
 """Values (or how they begin) of ``init_lora_weights`` with which PEFT 0.20 subtracts the start, s·B₀A₀, from the base's
-weights: each adapter that is added subtracts it once more (tuners/lora/layer.py, ``update_layer``)."""
+weights: each added adapter subtracts it again (tuners/lora/layer.py, ``update_layer``)."""
 
 
 def check_saved_init(init: Any, key: str, path: Any) -> None:
-    """Check how a saved adapter began.
+    """Check how a saved adapter was initialised.
 
-    PEFT's own ``from_pretrained`` begins it anew, which gives the trained model back only where the start is the same
-    each time: ``pissa_niter_4`` came out 1.2 nats off on 14 tokens, CorDA is an error, LoRA-GA subtracts nothing.
+    PEFT's own ``from_pretrained`` initialises it again, which gives the trained model back only if that start is
+    deterministic: ``pissa_niter_4`` came out 1.2 nats off on 14 tokens, CorDA is an error, LoRA-GA subtracts nothing.
 
     Args:
         init: ``init_lora_weights`` of its ``adapter_config.json``.
@@ -40,7 +40,7 @@ def check_saved_init(init: Any, key: str, path: Any) -> None:
 
 
 def check_fresh_init(init: Any) -> None:
-    """Check how a fresh LoRA is to begin.
+    """Check how a fresh LoRA is to be initialised.
 
     Raises:
         ConfigError: If the base would be changed, which is the reference.
