@@ -98,6 +98,8 @@ def source_figures(sources: Sequence[str | None], margins: Tensor) -> dict[str, 
 class MetricMeans:
     """Metrics of all pairs since the last `result`; keeps tensors on their device and synchronises nothing before.
 
+    It takes about 130 bytes for each pair that is trained on or evaluated between two log lines.
+
     Besides the means of ``metrics`` it gives percentiles of the margin, how the margin correlates with length, the
     log-probs against step 0, and accuracy, margin and count by source.
 

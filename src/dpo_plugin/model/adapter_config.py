@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -123,3 +123,32 @@ def check_supported(config: Mapping[str, Any], key: str, folder: Path) -> None:
         raise AdapterError(
             f"`{key}: {folder}` uses target_parameters, of which PEFT holds one per model (peft #3340). {merge}"
         )
+
+
+_NEUTRAL = (
+    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
+    "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save", "peft_type",
+    "peft_version", "revision", "target_modules", "task_type",
+)  # fmt: skip
+"""Keys of an ``adapter_config.json`` that do not change what an adapter with given tensors computes."""
+
+
+def adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Select the settings that change what an adapter's tensors compute: rank, alpha, their patterns, DoRA, ….
+
+    PEFT's defaults are left out, so that the config of another PEFT version, which has other keys, compares equal.
+    """
+    usual = LoraConfig().to_dict()
+    told = {
+        name: value for name, value in config.items() if name not in _NEUTRAL and value and value != usual.get(name)
+    }
+    facts = {**told, "r": config.get("r"), "lora_alpha": config.get("lora_alpha")}
+    return dict(json.loads(json.dumps(facts, default=str)))
+
+
+def adapter_facts(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, Any]:
+    """Collect an adapter's settings and, from the keys of its tensors, the modules that it sits on."""
+    modules = [key.partition(".lora_")[0] for key in tensors if ".lora_" in key]
+    targets = sorted({name.rpartition(".")[2] for name in modules})
+    return {**adapter_settings(config), "lora_target_modules": targets, "lora_tensors": len(modules)}

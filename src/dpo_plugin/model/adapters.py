@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dpo_plugin.errors import AdapterError
-from dpo_plugin.model.adapter_config import check_supported, read_adapter_config
+from dpo_plugin.model.adapter_config import adapter_settings, check_supported, read_adapter_config
 from dpo_plugin.model.inits import check_fresh_init
 from dpo_plugin.model.modules_to_save import hold_in_fp32
 
@@ -138,14 +138,14 @@ class AdapterFolder:
         Raises:
             AdapterError: If a file is missing or damaged, or policy and reference cannot share a base with it.
         """
-        folder = Path(path).expanduser()
+        folder, line = Path(path).expanduser(), key.rpartition(".")[2]
         if not folder.is_dir():
-            raise AdapterError(f"`{key}: {path}` does not exist. Write: {key}: <folder with adapter_config.json>")
+            raise AdapterError(f"`{key}: {path}` does not exist. Write: {line}: <folder with adapter_config.json>")
         file = folder / "adapter_config.json"
         if not file.is_file():
             inside = sorted(child.parent.name for child in folder.glob("*/adapter_config.json"))
             hint = f"{folder / inside[-1]}" if inside else "<folder with adapter_config.json>"
-            raise AdapterError(f"`{key}: {path}` holds no adapter_config.json. Write: {key}: {hint}")
+            raise AdapterError(f"`{key}: {path}` holds no adapter_config.json. Write: {line}: {hint}")
         config = read_adapter_config(file)
         check_supported(config, key, folder)
         weights = folder / "adapter_model.safetensors"
@@ -259,35 +259,6 @@ def _misfit(folder: AdapterFolder | None, reason: str) -> AdapterError:
 def adapter_tensors(model: PolicyReferenceModel, name: str) -> dict[str, Tensor]:
     """The tensors of one adapter under the keys of its file."""
     return dict(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
-
-
-_NEUTRAL = (
-    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
-    "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save", "peft_type",
-    "peft_version", "revision", "target_modules", "task_type",
-)  # fmt: skip
-"""Keys of an ``adapter_config.json`` that do not change what an adapter with given tensors computes."""
-
-
-def adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Select the settings that change what an adapter's tensors compute: rank, alpha, their patterns, DoRA, ….
-
-    PEFT's defaults are left out, so that the config of another PEFT version, which has other keys, compares equal.
-    """
-    usual = LoraConfig().to_dict()
-    told = {
-        name: value for name, value in config.items() if name not in _NEUTRAL and value and value != usual.get(name)
-    }
-    facts = {**told, "r": config.get("r"), "lora_alpha": config.get("lora_alpha")}
-    return dict(json.loads(json.dumps(facts, default=str)))
-
-
-def adapter_facts(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, Any]:
-    """Collect an adapter's settings and, from the keys of its tensors, the modules that it sits on."""
-    modules = [key.partition(".lora_")[0] for key in tensors if ".lora_" in key]
-    targets = sorted({name.rpartition(".")[2] for name in modules})
-    return {**adapter_settings(config), "lora_target_modules": targets, "lora_tensors": len(modules)}
 
 
 def adapter_digest(model: PolicyReferenceModel, name: str, whole: Callable[[Tensor], Tensor] = Tensor.detach) -> str:

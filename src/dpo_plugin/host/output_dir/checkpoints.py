@@ -16,7 +16,7 @@ from safetensors import safe_open
 from dpo_plugin.engines.ranks import gather_object
 from dpo_plugin.errors import CheckpointError
 from dpo_plugin.host.log import LOG
-from dpo_plugin.model.adapters import adapter_facts
+from dpo_plugin.model.adapter_config import adapter_facts
 
 MARKER = "dpo_plugin.json"
 _YAML_KEYS = {"r": "lora_r", "use_dora": "peft_use_dora", "use_rslora": "peft_use_rslora"}

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import rotate_checkpoints
 
 from dpo_plugin.host.output_dir.checkpoints import Origin, file_digests, write_marker
-from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel, adapter_facts, adapter_tensors
+from dpo_plugin.model.adapter_config import adapter_facts
+from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel, adapter_tensors
 from dpo_plugin.model.references import ReferenceStrategy
 
 REFERENCE_STATE = "reference_state.safetensors"
