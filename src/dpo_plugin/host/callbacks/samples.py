@@ -29,8 +29,6 @@ from dpo_plugin.samples.records import (
     samples_table,
 )
 
-FILE = "samples.jsonl"
-
 
 def prompt_ids(trainer: RunningTrainer, settings: SamplesConfig) -> list[list[int]]:
     """Tokenise the prompts that a config asks for.
