@@ -38,13 +38,14 @@ def keys_of(model: type[BaseModel]) -> list[str]:
 def paths() -> list[tuple[Any, ...]]:
     """Every place of a config that is given a value: keys of axolotl, of its data sets and engines, and of our section."""
     from dpo_plugin.config import DPOPluginConfig
+    from dpo_plugin.engines import config as engines_config
     from dpo_plugin.host import yaml_keys as raw_config
 
     top = [(key,) for key in keys_of(raw_config.RawConfig) if key != "base_model"]
     more = [("dpo_plugin",), ("fsdp",), ("trainer_cls",), ("resume_from_checkpoint",), ("excess_length_strategy",)]
     entry = [("datasets", 0, key) for key in [*keys_of(raw_config.DatasetEntry), "unknown"]]
-    zero = [("deepspeed", "zero_optimization", key) for key in keys_of(raw_config.ZeroOptimization)]
-    engines = [("deepspeed", key) for key in keys_of(raw_config.DeepSpeed)]
+    zero = [("deepspeed", "zero_optimization", key) for key in keys_of(engines_config.ZeroOptimization)]
+    engines = [("deepspeed", key) for key in keys_of(engines_config.DeepSpeed)]
     engines += [("fsdp_config", key) for key in keys_of(raw_config.FSDP)]
     ours = [("dpo_plugin", key) for key in [*keys_of(DPOPluginConfig), "unknown"]]
     for name, field in DPOPluginConfig.model_fields.items():
