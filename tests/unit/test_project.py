@@ -51,8 +51,8 @@ def test_the_readme_names_every_room_and_no_file_that_is_not_there():
     assert set(re.findall(r"^  (\w+)/ ", ours, re.M)) == rooms
     for part in re.split(r"\n  (?=\w)", ours):
         room = re.match(r"(\w+)/ ", part)
-        for name in re.findall(r"\w+\.py", part):
-            assert (source / (room[1] if room else "") / name).is_file(), name
+        for name in re.findall(r"\w+\.py|[\w.]+\.jinja", part):
+            assert any((source / room[1]).rglob(name)) if room else (source / name).is_file(), name
 
 
 def test_the_version_has_one_source():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_plugin.compute.checkpointing import without_checkpointing
+from dpo_plugin.compute.gradient_checkpointing import without_checkpointing
 from dpo_plugin.compute.lm_head import ForwardOptions
 from dpo_plugin.compute.logps import pair_logps, run_model, total_loss
 from dpo_plugin.compute.losses import LossOptions, PreferenceLoss

@@ -27,8 +27,8 @@ from dpo_plugin.data.render import Renderer
 from dpo_plugin.data.sources import RowSource, as_written, dataset_rows, local_source
 from dpo_plugin.errors import ConfigError, DataError
 from dpo_plugin.host.log import LOG
-from dpo_plugin.host.prompts import renderer_of
 from dpo_plugin.host.settings import PREFIX, RunSettings
+from dpo_plugin.host.templates import renderer_of
 from dpo_plugin.registry import get_registry
 from dpo_plugin.types import PreferencePair
 

@@ -12,7 +12,7 @@ from dpo_plugin.config import Action, DPOPluginConfig, ReferenceConfig, parse_co
 from dpo_plugin.engines.config import EngineSettings, check_parallel
 from dpo_plugin.errors import ConfigError, DataError
 from dpo_plugin.health.monitor import HealthCheck
-from dpo_plugin.host.prompts import check_samples
+from dpo_plugin.host.templates import check_samples
 from dpo_plugin.host.yaml_keys import DATA_SUFFIXES, check_names
 from dpo_plugin.metrics.pair import TRL_METRICS, PreferenceMetric
 from dpo_plugin.model.adapters import AdapterFolder

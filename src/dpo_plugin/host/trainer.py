@@ -28,7 +28,7 @@ from dpo_plugin.host.log import LOG
 from dpo_plugin.host.output_dir import resume
 from dpo_plugin.host.output_dir.card import write_card
 from dpo_plugin.host.output_dir.checkpoints import checkpoint_to_resume, write_marker
-from dpo_plugin.host.output_dir.saving import saving
+from dpo_plugin.host.output_dir.save_errors import saving
 from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.reference_cache import base_identity, open_cache, rounding
 from dpo_plugin.metrics.adapter_norms import AdapterNorms

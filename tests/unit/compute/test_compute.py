@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dpo_plugin.compute import attention, logps
 from dpo_plugin.compute import lm_head as heads
 from dpo_plugin.compute.batching import PairCollator, shared_segments, to_pair_batch
-from dpo_plugin.compute.checkpointing import layers_to_checkpoint, saved_bytes_per_token, without_checkpointing
+from dpo_plugin.compute.gradient_checkpointing import layers_to_checkpoint, saved_bytes_per_token, without_checkpointing
 from dpo_plugin.compute.lm_head import ForwardOptions
 from dpo_plugin.compute.logps import completion_logps, run_model
 from dpo_plugin.errors import DataError

@@ -4,7 +4,7 @@ import pytest
 from axolotl.utils.dict import DictDefault
 
 from dpo_plugin.errors import ConfigError
-from dpo_plugin.host.prompts import check_rendered_as_trained, renderer_of
+from dpo_plugin.host.templates import check_rendered_as_trained, renderer_of
 
 JINJA = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_plugin.compute import attention
-from dpo_plugin.compute.checkpointing import saved_bytes_per_token
+from dpo_plugin.compute.gradient_checkpointing import saved_bytes_per_token
 from dpo_plugin.engines.config import SHIPPED, EngineSettings
 from dpo_plugin.errors import ConfigError, UnknownNameError
 from dpo_plugin.host.commands.cli import dpo

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from dpo_plugin.compute.checkpointing import layers_to_checkpoint, saved_bytes_per_token
+from dpo_plugin.compute.gradient_checkpointing import layers_to_checkpoint, saved_bytes_per_token
 from dpo_plugin.host.batches import checkpointed_layers
 from dpo_plugin.host.callbacks import RunningTrainer
 from dpo_plugin.host.log import LOG
