@@ -235,8 +235,7 @@ def race(contenders: dict[str, Contender], batches: list[list[Pair]], warm_up: i
         if name == "ours-warm":
             with torch.no_grad():
                 for pairs in batches:
-                    inputs = contender.trainer.data_collator(pairs)
-                    contender.trainer.reference_logps(contender.trainer.model, inputs)
+                    contender.trainer.cache_reference(contender.trainer.data_collator(pairs))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number, pairs in enumerate(batches):
         for name, contender in contenders.items():
