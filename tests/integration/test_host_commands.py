@@ -71,14 +71,14 @@ def test_merge_lora_merges_the_dpo_adapter_unless_told_otherwise(finished, base_
 def test_merging_from_nf4_says_in_which_precision(finished, monkeypatch):
     from axolotl.utils.dict import DictDefault
 
-    from dpo_plugin.host import command
+    from dpo_plugin.host.commands import running
 
     said = []
-    monkeypatch.setattr(command.LOG, "info", said.append)
+    monkeypatch.setattr(running.LOG, "info", said.append)
     cfg = DictDefault(
         {"merge_lora": True, "adapter": "qlora", "output_dir": str(finished.output_dir), "lora_model_dir": "x"}
     )
-    command.use_trained_adapter(cfg, "merge-lora")
+    running.use_trained_adapter(cfg, "merge-lora")
     assert cfg.lora_model_dir == str(finished.output_dir)
     assert "NF4 round trip" in said[-1]
 

@@ -48,6 +48,7 @@ def test_offline_wandb_holds_every_field(base_dir, sft_dir, tmp_path, monkeypatc
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_CONSOLE", "off")  # else it keeps stdout after its end, and logs an error for each line
     settings = {"use_wandb": True, "wandb_project": "test", "wandb_mode": "offline", "max_steps": 2}
     run = host.train(config(base_dir, sft_dir, tmp_path, **settings), tmp_path)
     wandb.teardown()  # ends its writing process too: after finish() alone, the last block may not be in the file yet
