@@ -33,7 +33,7 @@ demo: install  ## train a tiny model with SFT, then DPO, and show what changed (
 test: install lint types  ## lint, types and tests (about 12 minutes)
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-ranks: install  ## the 72B recipes on two processes (about 20 minutes)
+test-ranks: install  ## the 72B recipes on two processes (about 30 minutes)
 	python -m pytest tests/ranks
 
 unit: install  ## the fast tests alone
