@@ -1,12 +1,10 @@
 """DPO from an SFT LoRA adapter, for axolotl.
 
 Add one line to an axolotl config: ``plugins: [dpo_plugin.DPOPlugin]``. Importing this package imports neither
-torch nor axolotl; names are resolved on first use (PEP 562), and ``type: dpo_plugin.<format>`` in a dataset entry
-finds the registered preference format of that name.
+torch nor axolotl; names are resolved on first use (PEP 562).
 """
 
 import importlib
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,25 +40,15 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("dpo-plugin")
-    if name.startswith("__") or find_spec(f"{__name__}.{name}"):  # `from dpo_plugin import <submodule>` asks here first
-        raise AttributeError(name)
-    if name in _LAZY:
-        try:
-            value = getattr(importlib.import_module(_LAZY[name]), name)
-        except ImportError as error:
-            # axolotl prints an ImportError of a plugin and trains on without it (integrations/base.py, 0.19).
-            from dpo_plugin.errors import DPOPluginError
+    if name not in _LAZY:
+        raise AttributeError(f"module 'dpo_plugin' has no attribute {name!r}")
+    try:
+        globals()[name] = value = getattr(importlib.import_module(_LAZY[name]), name)
+    except ImportError as error:
+        # axolotl prints an ImportError of a plugin and trains on without it (integrations/base.py, 0.19).
+        from dpo_plugin.errors import DPOPluginError
 
-            raise DPOPluginError(
-                f"dpo_plugin.{name} cannot be imported: {error}. Reinstall with: pip install --upgrade dpo-plugin"
-            ) from error
-        globals()[name] = value
-        return value
-    from dpo_plugin.registry import get_registry
-
-    formats = get_registry().formats
-    if name in formats:
-        from dpo_plugin.host.datasets import host_strategy
-
-        return host_strategy(name)
-    raise AttributeError(f"module 'dpo_plugin' has no attribute or preference format {name!r}")
+        raise DPOPluginError(
+            f"dpo_plugin.{name} cannot be imported: {error}. Reinstall with: pip install --upgrade dpo-plugin"
+        ) from error
+    return value

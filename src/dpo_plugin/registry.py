@@ -3,47 +3,33 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import pluggy
 
 from dpo_plugin import hookspecs
 from dpo_plugin.errors import RegistrationError, UnknownNameError
 
-T = TypeVar("T")
 
+class Names(dict[str, Any]):
+    """Name → thing, which also knows who brought each thing and explains an unknown name."""
 
-@dataclass(frozen=True)
-class Registered(Generic[T]):
-    """A registered thing and the distribution or module that brought it."""
-
-    value: T
-    owner: str
-
-
-class Names(Mapping[str, Any]):
-    """A mapping name → thing that knows the owners and explains an unknown name."""
-
-    def __init__(self, kind: str, entries: Mapping[str, Registered[Any]]):
+    def __init__(self, kind: str):
+        super().__init__()
         self.kind = kind
-        self._entries = dict(entries)
+        self._owners: dict[str, str] = {}
 
-    def __getitem__(self, name: str) -> Any:
-        return self._entries[name].value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
+    def add(self, name: str, value: Any, owner: str) -> None:
+        """Add a thing and the distribution or module that brought it."""
+        self[name] = value
+        self._owners[name] = owner
 
     def owner(self, name: str) -> str:
         """The owner of a registered name."""
-        return self._entries[name].owner
+        return self._owners[name]
 
     def find(self, name: str, where: str) -> Any:
         """The thing of that name.
@@ -55,11 +41,10 @@ class Names(Mapping[str, Any]):
         Raises:
             UnknownNameError: With the known names and the closest one.
         """
-        if name in self._entries:
+        if name in self:
             return self[name]
-        known = sorted(self._entries)
-        close = difflib.get_close_matches(name, known, n=1)
-        write = close[0] if close else (known[0] if known else "")
+        known = sorted(self)
+        write = (difflib.get_close_matches(name, known, n=1) or known)[0]
         raise UnknownNameError(
             f"`{where}` names the {self.kind} {name!r}, which nobody registered. "
             f"Known: {', '.join(known)}. Write: {where}: {write}"
@@ -90,14 +75,13 @@ def build_registry(manager: pluggy.PluginManager) -> Registry:
     """Call every hook of a plugin manager once.
 
     Raises:
-        RegistrationError: If a name is taken twice (both owners are named), a hook returns no mapping, or a format has
-            the name of a module of the package.
+        RegistrationError: If a name is taken twice (both owners are named), or a hook returns no mapping.
     """
     return Registry(**{field: _collect(manager, hook, kind) for field, (hook, kind) in _KINDS.items()})
 
 
 def _collect(manager: pluggy.PluginManager, hook: str, kind: str) -> Names:
-    entries: dict[str, Registered[Any]] = {}
+    names = Names(kind)
     for implementation in getattr(manager.hook, hook).get_hookimpls():
         owner = implementation.plugin_name
         things = implementation.function()
@@ -107,18 +91,13 @@ def _collect(manager: pluggy.PluginManager, hook: str, kind: str) -> Names:
                 f"Write: return {{'<name>': <{kind}>}}"
             )
         for name, value in things.items():
-            if name in entries:
+            if name in names:
                 raise RegistrationError(
-                    f"{kind} {name!r} is registered twice: by {entries[name].owner!r} and by {owner!r}. "
+                    f"{kind} {name!r} is registered twice: by {names.owner(name)!r} and by {owner!r}. "
                     f"Uninstall one of them, or let one choose another name in its {hook}."
                 )
-            if hook == "dpo_preference_formats" and find_spec(f"dpo_plugin.{name}"):
-                raise RegistrationError(
-                    f"{kind} {name!r} of {owner!r} cannot be found as `type: dpo_plugin.{name}`, which is a module of "
-                    f"dpo_plugin. Let {owner} choose another name in its {hook}."
-                )
-            entries[name] = Registered(value, owner)
-    return Names(kind, entries)
+            names.add(name, value, owner)
+    return names
 
 
 def build_manager() -> pluggy.PluginManager:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from dpo_plugin.data.prepare import Preparation
-from dpo_plugin.errors import DataError
+from dpo_plugin.errors import ConfigError, DataError
 from tests.support import host
 from tests.support.tiny import ROOT, chat_row, dpo_config, write_rows
 
@@ -150,21 +150,20 @@ def test_other_host_types_are_left_to_the_host_and_train(base_dir, sft_dir, tmp_
     assert run.lines[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
 
 
-def test_our_columns_hold_also_where_the_host_prepares_a_mix(base_dir, tmp_path):
-    from axolotl.common.datasets import load_preference_datasets
-
-    ours = write_rows(tmp_path / "a.jsonl", [{"ask": "q", "chosen": "from ours", "rejected": "x"}])
-    theirs = write_rows(
-        tmp_path / "b.jsonl", [{"system": "", "question": "q", "chosen": "from theirs", "rejected": "x"}]
+@pytest.mark.parametrize(
+    ("kinds", "settings", "says"),
+    [
+        (["prompt", "chatml.intel"], {}, r"`type: chatml.intel` is read by axolotl alone. Write: type: dpo_plugin.chat$"),
+        (["prompt"], {"skip_prepare_dataset": True}, r"cannot read `type: dpo_plugin.prompt`.*Write: skip_prepare_dataset: false$"),
+    ],
+)  # fmt: skip
+def test_what_the_host_prepares_is_not_mixed_with_our_formats(base_dir, tmp_path, kinds, settings, says):
+    rows = write_rows(
+        tmp_path / "rows.jsonl", [{"prompt": "q", "system": "", "question": "q", "chosen": "a", "rejected": "b"}]
     )
-    data = [
-        {"path": str(ours), "ds_type": "json", "type": "dpo_plugin.prompt"},
-        {"path": str(theirs), "ds_type": "json", "type": "chatml.intel"},
-    ]
-    section = {"data": {"columns": {"prompt": "ask"}}}
-    cfg = host.load_config(dpo_config(base_dir, tmp_path / "out", datasets=data, dpo_plugin=section), tmp_path)
-    found = load_preference_datasets(cfg=cfg).train_dataset
-    assert {text.removesuffix("<|im_end|>") for text in found["chosen"]} == {"from ours", "from theirs"}
+    entries = [{"path": str(rows), "type": kind if "." in kind else f"dpo_plugin.{kind}"} for kind in kinds]
+    with pytest.raises(ConfigError, match=says):
+        prepare(base_dir, tmp_path, *entries, **settings)
 
 
 @pytest.mark.parametrize("multiple", [None, 64])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,11 @@ from axolotl.utils.data.shared import create_train_validation_split, load_datase
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset, DatasetDict
 
-from dpo_plugin.config import DataConfig, parse_config
+from dpo_plugin.config import DataConfig
 from dpo_plugin.data.audit import audit_lines
 from dpo_plugin.data.formats import ROLES, Columns, PreferenceFormat, conversations, messages_answers
 from dpo_plugin.data.lengths import LengthLimit
 from dpo_plugin.data.prepare import Preparation, PrepareOptions
-from dpo_plugin.data.render import Renderer
 from dpo_plugin.data.sources import RowSource, as_written, dataset_rows, local_source
 from dpo_plugin.errors import ConfigError, DataError
 from dpo_plugin.host.log import LOG
@@ -56,9 +55,15 @@ def load_datasets(cfg: Any, settings: RunSettings) -> TrainDatasetMeta | None:
     """Training and evaluation pairs as token ids, their audits printed and saved; None leaves it to the host.
 
     The host prepares the data where a data set is of one of its other types (``chatml.intel``, ``user_defined``, …) or
-    ``skip_prepare_dataset`` is set.
+    ``skip_prepare_dataset`` is set, which formats of ours cannot be mixed with.
     """
-    if cfg.skip_prepare_dataset or _host_entries(settings):
+    ours = [kind for kind in _types(settings) if kind.startswith(PREFIX)]
+    if cfg.skip_prepare_dataset and ours:
+        raise ConfigError(
+            f"`skip_prepare_dataset: true` leaves the data to axolotl, which cannot read `type: {ours[0]}`. "
+            "Write: skip_prepare_dataset: false"
+        )
+    if not ours and (cfg.skip_prepare_dataset or _host_types(settings)):
         return None
     _, parts, audits = prepare_all(cfg, settings)
     report_audits(audits, Path(cfg.output_dir))
@@ -71,10 +76,13 @@ def load_datasets(cfg: Any, settings: RunSettings) -> TrainDatasetMeta | None:
     return TrainDatasetMeta(train_dataset=train, eval_dataset=test, total_num_steps=steps)
 
 
-def _host_entries(settings: RunSettings) -> list[str]:
+def _types(settings: RunSettings) -> list[str]:
+    return [str(entry.get("type")) for entry in (*settings.datasets, *settings.test_datasets)]
+
+
+def _host_types(settings: RunSettings) -> list[str]:
     """The types of dataset entries that only the host can read."""
-    kinds = [entry.get("type") for entry in [*settings.datasets, *settings.test_datasets]]
-    return [str(kind) for kind in kinds if not (str(kind).startswith(PREFIX) or str(kind) in HOST_TYPES)]
+    return [kind for kind in _types(settings) if not (kind.startswith(PREFIX) or kind in HOST_TYPES)]
 
 
 def prepare_all(cfg: Any, settings: RunSettings) -> tuple[Any, dict[str, list[Dataset]], list[dict[str, Any]]]:
@@ -86,8 +94,8 @@ def prepare_all(cfg: Any, settings: RunSettings) -> tuple[Any, dict[str, list[Da
     Raises:
         ConfigError: If a data set is of a type that only the host can read.
     """
-    if host := _host_entries(settings):
-        raise ConfigError(f"`type: {host[0]}` is prepared by axolotl itself. Write: type: dpo_plugin.chat")
+    if theirs := _host_types(settings):
+        raise ConfigError(f"`type: {theirs[0]}` is read by axolotl alone. Write: type: dpo_plugin.chat")
     tokenizer = load_tokenizer(cfg)
     folder = Path(cfg.dataset_prepared_path or "last_run_prepared")
     parts: dict[str, list[Dataset]] = {"datasets": [], "test_datasets": []}
@@ -163,22 +171,3 @@ def report_audits(audits: Sequence[Mapping[str, Any]], output_dir: Path) -> None
             "folder that you can write to>"
         ) from error
     LOG.info("dpo_plugin: data audit\n" + "\n".join(audit_lines(audits)))
-
-
-def host_strategy(name: str) -> Callable[..., Any]:
-    """A host prompt strategy for ``type: dpo_plugin.<name>``, for where the host prepares the data as text."""
-
-    def strategy(cfg: Any, dataset_idx: int = 0, **_: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
-        data = parse_config(cfg.get("dpo_plugin")).data
-        read, columns = get_registry().formats[name], _columns(data, cfg["datasets"][dataset_idx])
-        renderer: list[Renderer] = []  # not made here: the host hands the tokenizer to each call alone
-
-        def transform(sample: Mapping[str, Any], tokenizer: Any = None) -> dict[str, str]:
-            if not renderer:
-                renderer.append(renderer_of(cfg, {}, tokenizer, data.special_tokens == "refuse"))
-            pair = renderer[0].render(read(sample, columns))
-            return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-
-        return transform, {"remove_columns": "__all__"}
-
-    return strategy
