@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from dpo_plugin.errors import CheckpointError
 from dpo_plugin.host.log import may_fail
 from dpo_plugin.host.output_dir.lock import LOCK
-from dpo_plugin.host.output_dir.save_errors import saving
+from dpo_plugin.host.output_dir.resume import saving
 from tests.support import host
 from tests.support.tiny import dpo_config
 

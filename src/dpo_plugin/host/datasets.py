@@ -29,6 +29,7 @@ from dpo_plugin.host.log import LOG
 from dpo_plugin.host.settings import PREFIX, RunSettings
 from dpo_plugin.host.templates import renderer_of
 from dpo_plugin.registry import get_registry
+from dpo_plugin.report.run_files import AUDIT
 from dpo_plugin.types import PreferencePair
 
 
@@ -164,7 +165,7 @@ def report_audits(audits: Sequence[Mapping[str, Any]], output_dir: Path) -> None
         return
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "data_audit.json").write_text(json.dumps({"datasets": list(audits)}, indent=2), encoding="utf-8")
+        (output_dir / AUDIT).write_text(json.dumps({"datasets": list(audits)}, indent=2), encoding="utf-8")
     except OSError as error:
         raise DataError(
             f"the data audit cannot be written to `output_dir: {output_dir}`: {error.strerror}. Write: output_dir: <a "

@@ -19,6 +19,7 @@ from dpo_plugin.engines.ranks import on_any_rank, packs_of, without_exchange
 from dpo_plugin.engines.sharded import gather_policy, load_policy, reference_digest
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.host import batches, workarounds
+from dpo_plugin.host.callbacks import RunningTrainer
 from dpo_plugin.host.callbacks.checkpoint_layers import CheckpointLayers
 from dpo_plugin.host.callbacks.health import HealthCallback
 from dpo_plugin.host.callbacks.progress import Progress, log_setup
@@ -28,7 +29,7 @@ from dpo_plugin.host.log import LOG
 from dpo_plugin.host.output_dir import resume
 from dpo_plugin.host.output_dir.card import write_card
 from dpo_plugin.host.output_dir.checkpoints import checkpoint_to_resume, write_marker
-from dpo_plugin.host.output_dir.save_errors import saving
+from dpo_plugin.host.output_dir.resume import saving
 from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.reference_cache import base_identity, open_cache, rounding
 from dpo_plugin.metrics.adapter_norms import AdapterNorms
@@ -39,7 +40,7 @@ from dpo_plugin.model.cached_reference import CachedReference
 from dpo_plugin.registry import get_registry
 
 
-class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
+class PreferenceTrainer(RunningTrainer):
     """DPO with policy and reference on one base model; `dpo_plugin.host.callbacks.RunningTrainer` has its attributes.
 
     Args:

@@ -16,7 +16,7 @@ import transformers.trainer
 from torch import nn
 
 from dpo_plugin.engines.config import EngineSettings
-from dpo_plugin.host.output_dir.save_errors import saving
+from dpo_plugin.host.output_dir.resume import saving
 from dpo_plugin.model.adapters import PolicyReferenceModel
 
 

@@ -15,12 +15,7 @@ from dpo_plugin.host.log import LOG
 
 
 class CheckpointLayers(TrainerCallback):  # type: ignore[misc]
-    """Checkpoints as many decoder layers as ``compute.checkpoint_layers`` says, before the first step.
-
-    Args:
-        trainer: The trainer.
-        wanted: Number of layers, or "auto".
-    """
+    """Checkpoints as many decoder layers as ``compute.checkpoint_layers`` says, before the first step."""
 
     def __init__(self, trainer: RunningTrainer, wanted: int | str):
         self.trainer = trainer

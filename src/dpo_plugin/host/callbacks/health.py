@@ -20,19 +20,17 @@ from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.metrics.adapter_norms import whole_size
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel
 from dpo_plugin.registry import get_registry
+from dpo_plugin.report.run_files import AUDIT, RUN, log_text, objects, read_json
 from dpo_plugin.report.run_files import LOG as LOG_FILE
-from dpo_plugin.report.run_files import RUN, log_text
 from dpo_plugin.report.shown import shown_text
 from dpo_plugin.types import Finding, RunFacts
-
-REPORT = "report.html"
 
 
 class HealthCallback(TrainerCallback):  # type: ignore[misc]
     """Runs the health checks at each logging step and says what they find once; keeps log and findings on disk.
 
     Args:
-        trainer: The trainer.
+        trainer: The run's.
         checks: Name → check and its action.
         report: Whether the report is written at the end.
     """
@@ -41,12 +39,8 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         self.trainer = trainer
         self.checks = checks
         self.report = report
+        self.folder = Path(trainer.args.output_dir)
         self.monitor: HealthMonitor | None = None
-
-    @property
-    def findings(self) -> list[Finding]:
-        """Findings so far, errors first."""
-        return in_order(self.monitor.findings.values()) if self.monitor else []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Check what is known before the first step, including the lines of a run that is resumed.
@@ -54,7 +48,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         Raises:
             HealthError: If a check with the action ``stop`` finds something already.
         """
-        history = History(run_facts(self.trainer), read_audits(Path(args.output_dir)))
+        history = History(run_facts(self.trainer), objects(read_json(self.folder / AUDIT, []).get("datasets")))
         for line in state.log_history:
             history.add(line)
         if self.trainer.is_world_process_zero():
@@ -83,11 +77,6 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         """Write the findings and the report."""
         self._finish()
 
-    @property
-    def folder(self) -> Path:
-        """The run's output folder."""
-        return Path(self.trainer.args.output_dir)
-
     def _act(self, found: list[Finding]) -> None:
         for finding in found:
             LOG.warning(f"dpo_plugin: {finding.text()}")
@@ -111,15 +100,15 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
 
     def _finish(self) -> None:
         """Write the findings and the report; a failure must not cost a run that has ended well."""
-        findings = [finding.to_dict() for finding in self.findings]
-        self._write(findings=findings, rewards=self.trainer.recorder.reward_course())
+        findings = in_order(self.monitor.findings.values()) if self.monitor else []
+        self._write(findings=[one.to_dict() for one in findings], rewards=self.trainer.recorder.reward_course())
         if not self.report or not self.trainer.is_world_process_zero():
             return
         from dpo_plugin.report.report import write_report
         from dpo_plugin.report.run_folder import read_run
 
         try:
-            LOG.info(f"dpo_plugin: report: {write_report([read_run(self.folder)], self.folder / REPORT)}")
+            LOG.info(f"dpo_plugin: report: {write_report([read_run(self.folder)], self.folder / 'report.html')}")
         except Exception as error:
             LOG.warning(f"dpo_plugin: no report was written: {type(error).__name__}: {error}")
 
@@ -129,13 +118,15 @@ def run_facts(trainer: RunningTrainer) -> RunFacts:
     model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
     strategy, settings = trainer.reference.strategy, trainer.settings
     lora = model.peft_config[POLICY] if isinstance(model, PolicyReferenceModel) else None
+    sizes = [(whole_size(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return RunFacts(
         beta=trainer.beta,
         learning_rate=args.learning_rate,
         losses=tuple(trainer.preference_step.losses),
         adapter_dtype=trainer.recorder.trained_dtype(),
         lora_r=getattr(lora, "r", None),
-        trainable_share=_trainable_share(model),
+        trainable_share=sum(size for size, trained in sizes if trained) / max(1, sum(size for size, _ in sizes)),
         sequence_len=args.max_length,
         planned_steps=trainer.state.max_steps or None,
         epochs=args.num_train_epochs,
@@ -145,25 +136,5 @@ def run_facts(trainer: RunningTrainer) -> RunFacts:
         policy=str(settings.policy.path) if settings.policy else "all weights" if lora is None else "a fresh LoRA",
         reference=str(settings.reference),
         pairs=len(trainer.train_dataset),
-        hardware=_hardware(trainer.accelerator.num_processes),
+        hardware=f"{trainer.accelerator.num_processes} × {device}",
     )
-
-
-def _hardware(processes: int) -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return f"{processes} × {device}"
-
-
-def _trainable_share(model: Any) -> float:
-    """Trained parameters / all."""
-    sizes = [(whole_size(parameter), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, trained in sizes if trained) / max(1, sum(size for size, _ in sizes))
-
-
-def read_audits(output_dir: Path) -> list[dict[str, Any]]:
-    """Read the data audits that preparation left in the output folder."""
-    file = output_dir / "data_audit.json"
-    if not file.is_file():
-        return []
-    audits: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["datasets"]
-    return audits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -33,13 +34,14 @@ class Progress(ProgressCallback):  # type: ignore[misc]
         self.training_bar: Any
         self.prediction_bar: Any
         self._disable = None if bars else True  # None: where the output is no terminal
+        self._bar = partial(tqdm, dynamic_ncols=True, disable=self._disable)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
         """Log how much there is to do, and draw the bar of the run."""
         self._started, self._first = self._clock(), state.global_step
         if state.is_world_process_zero:
             LOG.info(f"dpo_plugin: {_amount(args, state, train_dataloader)}")
-            self.training_bar = tqdm(total=state.max_steps, desc="DPO", unit="step", **self._looks())
+            self.training_bar = self._bar(total=state.max_steps, desc="DPO", unit="step")
         self.current_step = 0
 
     def on_prediction_step(
@@ -50,7 +52,7 @@ class Progress(ProgressCallback):  # type: ignore[misc]
             return
         if self.prediction_bar is None:
             pairs, leave = len(eval_dataloader.dataset), self.training_bar is None
-            self.prediction_bar = tqdm(total=pairs, desc="Held-out pairs", unit="pair", leave=leave, **self._looks())
+            self.prediction_bar = self._bar(total=pairs, desc="Held-out pairs", unit="pair", leave=leave)
         bar = self.prediction_bar
         bar.update(min(args.eval_batch_size * args.world_size, bar.total - bar.n))
 
@@ -70,9 +72,6 @@ class Progress(ProgressCallback):  # type: ignore[misc]
             return ""
         gone = self._clock() - self._started
         return f"{duration(gone)}, {duration(gone / done * (state.max_steps - state.global_step))} left"
-
-    def _looks(self) -> dict[str, Any]:
-        return {"dynamic_ncols": True, "disable": self._disable}
 
 
 def _amount(args: Any, state: Any, loader: Any) -> str:

@@ -15,11 +15,7 @@ from dpo_plugin.host.log import LOG
 
 
 class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
-    """Fills, flushes and re-reads the cache of reference log-probs, and moves a reference that moves.
-
-    Args:
-        trainer: The trainer.
-    """
+    """Fills, flushes and re-reads the cache of reference log-probs, and moves a reference that moves."""
 
     def __init__(self, trainer: RunningTrainer):
         self.trainer = trainer
@@ -38,29 +34,25 @@ class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
             return
         training = trainer.model.training
         trainer.model.eval()
+        silent = None if trainer.accelerator.is_main_process else True  # None: where the output is no terminal
         for _name, data in named_datasets(trainer):
-            self._fill(data)
+            loader = trainer.get_eval_dataloader(data)
+            for inputs in tqdm(loader, desc="Reference log-probs", unit="batch", disable=silent):
+                trainer.cache_reference(inputs)
         trainer.model.train(training)
         self._share()
 
-    def _fill(self, data: Any) -> None:
-        loader = self.trainer.get_eval_dataloader(data)
-        silent = None if self.trainer.accelerator.is_main_process else True  # None: where the output is no terminal
-        for inputs in tqdm(loader, desc="Reference log-probs", unit="batch", disable=silent):
-            self.trainer.cache_reference(inputs)
-
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Load what other ranks computed in the epoch before."""
-        if self.trainer.accelerator.num_processes > 1 and state.epoch:
+        if state.epoch:
             self._share()
 
     def _share(self) -> None:
-        cache = self.trainer.reference.cache
-        if cache is not None:
-            self._flush()
-            if self.trainer.accelerator.num_processes > 1:
-                self.trainer.accelerator.wait_for_everyone()
-                cache.reload()
+        self._flush()
+        cache, accelerator = self.trainer.reference.cache, self.trainer.accelerator
+        if cache is not None and accelerator.num_processes > 1:
+            accelerator.wait_for_everyone()
+            cache.reload()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Update a reference that moves."""

@@ -31,11 +31,7 @@ from dpo_plugin.samples.records import (
 
 
 def prompt_ids(trainer: RunningTrainer, settings: SamplesConfig) -> list[list[int]]:
-    """Tokenise the prompts that a config asks for.
-
-    Args:
-        trainer: The trainer.
-        settings: The section ``samples``.
+    """Tokenise the prompts that the section ``samples`` asks for.
 
     Raises:
         ConfigError: If a prompt cannot be rendered, or there is no evaluation data.
@@ -85,10 +81,6 @@ class SamplesCallback(TrainerCallback):  # type: ignore[misc]
     """Sends answers of policy and reference to console, file and trackers, every so many steps and at the last.
 
     The main process does it alone, on the unwrapped model; other ranks wait in their next exchange.
-
-    Args:
-        trainer: The trainer.
-        settings: The section ``samples``.
     """
 
     def __init__(self, trainer: RunningTrainer, settings: SamplesConfig):

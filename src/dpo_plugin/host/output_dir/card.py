@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 from dpo_plugin.data.audit import audit_lines
 from dpo_plugin.host.callbacks import RunningTrainer
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel
+from dpo_plugin.report.run_files import AUDIT, objects, read_json
 
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 
@@ -41,7 +41,7 @@ def model_card(
     """Format the card in Markdown, with the front matter that the hub reads.
 
     Args:
-        output_dir: Where ``data_audit.json`` may be.
+        output_dir: Where the data audit may be.
         base: The base model.
         facts: What to list, in order.
         history: The trainer's log lines.
@@ -54,9 +54,7 @@ def model_card(
     lines += [f"DPO {what} `{base}`, trained with axolotl and dpo_plugin {version('dpo-plugin')}.", ""]
     lines += [f"- **{name}**: {value}" for name, value in facts.items()]
     lines += ["", "## Final metrics", "", *_metrics(history)]
-    audit = output_dir / "data_audit.json"
-    if audit.is_file():
-        audits = json.loads(audit.read_text(encoding="utf-8"))["datasets"]
+    if audits := objects(read_json(output_dir / AUDIT, []).get("datasets")):
         lines += ["", "## Data", "", "```", *audit_lines(audits), "```"]
     return "\n".join(lines) + "\n"
 

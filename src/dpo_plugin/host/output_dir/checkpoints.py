@@ -151,9 +151,8 @@ def _named(folder: Path, origin: Origin) -> Path:
 
 
 def _newest(output_dir: Path, origin: Origin) -> Path | None:
-    folders = [folder for folder in output_dir.glob("checkpoint-*") if folder.name.split("-")[-1].isdigit()]
     without_optimizer = None
-    for folder in sorted(folders, key=_step, reverse=True):
+    for folder in sorted(filter(_step, output_dir.glob("checkpoint-*")), key=_step, reverse=True):
         _refuse_foreign(folder)
         if (reason := fault(folder)) is not None:
             LOG.warning(f"dpo_plugin: {folder} {reason}; it is skipped")
@@ -200,9 +199,9 @@ def check_origin(folder: Path, origin: Origin) -> None:
     made_with = read_marker(folder) or {}
     if made_with["reference"] != dict(origin.reference):
         raise CheckpointError(
-            f"the checkpoint {folder} was trained against the reference {_words(made_with['reference'])}, and this run "
-            f"has {_words(origin.reference)}. Rewards of the two are not comparable. Put back the old reference, or "
-            "start anew: auto_resume_from_checkpoints: false"
+            f"the checkpoint {folder} was trained against the reference {' '.join(made_with['reference'].values())}, "
+            f"and this run has {' '.join(origin.reference.values())}. Rewards of the two are not comparable. Put back "
+            "the old reference, or start anew: auto_resume_from_checkpoints: false"
         )
     if made_with["base"] != origin.base:
         raise CheckpointError(
@@ -228,7 +227,3 @@ def _check_adapter(folder: Path, adapter: Mapping[str, Any]) -> None:
                 f"the adapter of the checkpoint {folder} has `{name}: {theirs}`, and this run `{name}: {ours}`, which "
                 f"makes another policy of the same weights. Write: {key}: {theirs}"
             )
-
-
-def _words(reference: Mapping[str, str]) -> str:
-    return f"{reference['strategy']} {reference['identity']}"

@@ -1,13 +1,17 @@
-"""What is saved along with the policy so that a run can be resumed, and loaded again when it is."""
+"""What is saved along with the policy so that a run can be resumed, and loaded again when it is; saves that fail."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import rotate_checkpoints
 
+from dpo_plugin.errors import CheckpointError
 from dpo_plugin.host.output_dir.checkpoints import Origin, file_digests, write_marker
 from dpo_plugin.model.adapter_config import adapter_facts
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel, adapter_tensors
@@ -55,3 +59,30 @@ def complete_checkpoint(folder: Path, origin: Origin, limit: int | None, best: s
     """
     write_marker(folder, origin, file_digests(folder))
     rotate_checkpoints(str(folder.parent), limit, best, use_mtime=True)
+
+
+_TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "iostream error")
+"""What the RuntimeError says that `torch.save` makes of a full disk."""
+
+
+@contextmanager
+def saving(folder: Path, step: int | None = None) -> Iterator[None]:
+    """Context in which files are written into a folder.
+
+    Args:
+        folder: Where.
+        step: The step at which it is, if that is known.
+
+    Raises:
+        CheckpointError: If the disk is full or refuses the files.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in _TORCH_SAVE):
+            raise
+        when = "" if step is None else f" at step {step}"
+        raise CheckpointError(
+            f"{folder} cannot be written{when}: {' '.join(str(error).split())[:200]}. Earlier checkpoints are whole. "
+            "Make room, then write: auto_resume_from_checkpoints: true (or output_dir: <a folder with room>)"
+        ) from error
