@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import wraps
 from itertools import chain, islice
 from typing import Any
@@ -20,22 +21,24 @@ def dpo() -> None:
     """Preference tuning: look at data, references and results."""
 
 
-def report_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Print what a command returns, alone on stdout; show our errors as one message instead of a traceback.
+def command(function: Callable[..., Any]) -> click.Command:
+    """Make a command that prints what the function returns, alone on stdout, and our errors as one message.
 
     The host and its libraries log to stdout; what they say while the command works goes to stderr.
     """
 
-    @wraps(command)
+    @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                result = command(*args, **kwargs)
+                result = function(*args, **kwargs)
             show(result)
         except DPOPluginError as error:
             raise click.ClickException(str(error)) from error
 
-    return run
+    made = dpo.command()(run)
+    made.params.append(click.Option(["--json", "as_json"], is_flag=True, help="Print JSON."))
+    return made
 
 
 def show(result: Any) -> None:
@@ -50,9 +53,7 @@ def show(result: Any) -> None:
         console.print(part, markup=False, emoji=False) if isinstance(part, str) else console.print(part)
 
 
-@dpo.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@report_errors
+@command
 def plugins(as_json: bool) -> Any:
     """Show every registered format, reference strategy, loss and metric, and who brought it."""
     from dpo_plugin.registry import get_registry
@@ -70,20 +71,19 @@ def plugins(as_json: bool) -> Any:
     return [table]
 
 
-@dpo.command()
+@command
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 @click.option("--rows", type=click.IntRange(min=0), default=3, show_default=True, help="How many pairs to show.")
 @click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@report_errors
 def preview(config: str, rows: int, split: str, as_json: bool) -> Any:
     """Show pairs of CONFIG as the model will see them, then the data audit; loads the tokenizer only."""
     from dpo_plugin.data.audit import audit_lines
-    from dpo_plugin.host.commands.config_file import read_config
+    from dpo_plugin.host.commands.config_file import load_config
     from dpo_plugin.host.commands.preview import pair_record, pair_text
     from dpo_plugin.host.datasets import prepare_all
+    from dpo_plugin.host.yaml_keys import read_yaml
 
-    cfg, settings = read_config(config)
+    cfg, settings = load_config(read_yaml(config))
     tokenizer, parts, audits = prepare_all(cfg, settings)
     chosen = parts["datasets" if split == "train" else "test_datasets"]
     shown = list(islice(chain.from_iterable(chosen), rows))
@@ -94,11 +94,9 @@ def preview(config: str, rows: int, split: str, as_json: bool) -> Any:
     return [*pairs, "── data audit", *audit_lines(audits)]
 
 
-@dpo.command()
+@command
 @click.argument("runs", nargs=-1, required=True, metavar="OUTPUT_DIR...")
 @click.option("--out", type=click.Path(dir_okay=False), help="HTML file. Default: report.html in the first folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print verdict, findings and files as JSON.")
-@report_errors
 def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> Any:
     """Write one page about a run, or about several side by side; loads no model."""
     from pathlib import Path
@@ -120,29 +118,25 @@ def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> Any:
     return [*said, *(note for run in records for note in run.notes), f"report: {page}"]
 
 
-@dpo.command()
+@command
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 @click.option(
     "--prompts", metavar="FILE", help="Prompts: JSON lines or text. Default: of `samples`, or held-out pairs."
 )
 @click.option("--checkpoint", metavar="DIR", help="The policy. Default: output_dir.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@report_errors
 def compare(config: str, prompts: str | None, checkpoint: str | None, as_json: bool) -> Any:
     """Show answers of policy and reference side by side, and accuracy and margin on held-out pairs, by source."""
     from dpo_plugin.host.commands.compare import compare as run
 
     found = run(config, prompts, checkpoint)
-    return found.to_dict() if as_json else found.parts()
+    return asdict(found) if as_json else found.parts()
 
 
-@dpo.command()
+@command
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 @click.option("--gpus", type=int, required=True, help="GPUs of the node, one process each.")
 @click.option("--gpu-memory", type=float, required=True, help="Memory of each in GiB.")
 @click.option("--host-memory", type=float, help="Memory of the node in GiB.  [default: this machine's]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@report_errors
 def plan(config: str, gpus: int, gpu_memory: float, host_memory: float | None, as_json: bool) -> Any:
     """Say what CONFIG needs per GPU with each engine, and what to write; reads no weights and needs no GPU."""
     from dpo_plugin.host.yaml_keys import read_yaml, typed

@@ -5,23 +5,22 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from axolotl.cli.config import gpu_capabilities, plugin_set_cfg, prepare_plugins
-from axolotl.common.datasets import TrainDatasetMeta, load_preference_datasets
-from axolotl.integrations.base import PluginManager
+from axolotl.cli.config import gpu_capabilities, plugin_set_cfg
+from axolotl.common.datasets import load_preference_datasets
 from axolotl.train import setup_model_and_tokenizer, setup_reference_model
-from axolotl.utils.config import normalize_cfg_datasets, normalize_config, validate_config
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.trainer import setup_trainer
 
+from dpo_plugin.config import parse_config
 from dpo_plugin.errors import CheckpointError, ConfigError
 from dpo_plugin.host import datasets as host_datasets
 from dpo_plugin.host.callbacks.progress import Progress
 from dpo_plugin.host.callbacks.samples import make_sampler, prompt_ids
-from dpo_plugin.host.commands import config_file as configs
+from dpo_plugin.host.commands.config_file import load_config
 from dpo_plugin.host.commands.running import ENGINE_KEYS
 from dpo_plugin.host.output_dir.checkpoints import read_marker
 from dpo_plugin.host.output_dir.resume import REFERENCE_STATE, load_reference
@@ -74,10 +73,6 @@ class Comparison:
     held_out: Figures | None
     by_source: Mapping[str, Figures]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
-
     def parts(self) -> list[Any]:
         """Texts and tables for the terminal."""
         from rich.table import Table
@@ -108,32 +103,29 @@ def compare(config: str | Path, prompts: str | None = None, checkpoint: str | No
         read_prompts(prompts, "--prompts")
     raw = _raw_config(Path(config), prompts)
     folder = _policy_folder(raw, checkpoint)
-    cfg, settings = _load(raw, folder)
+    cfg, settings = load_config(raw, gpu_capabilities())
+    if cfg.adapter:
+        settings = replace(settings, policy=AdapterFolder.open(folder, "--checkpoint"))
+    if settings.reference.strategy.moves and not (folder / REFERENCE_STATE).is_file():
+        raise CheckpointError(
+            f"the reference of the strategy {settings.reference.name!r} moves in training, and {folder} does not hold "
+            f"it ({REFERENCE_STATE}); checkpoints do. Write: --checkpoint {cfg.output_dir}/checkpoint-<step>"
+        )
+    DPOPlugin.active().settings = settings
+    plugin_set_cfg(cfg)
     return _measure(_trainer(cfg, settings, folder), settings, folder)
 
 
-def _raw_config(path: Path, prompts: str | None) -> Any:
-    """Read the YAML for one process, with a section ``samples``.
-
-    Raises:
-        ConfigError: If it does not use dpo_plugin.
-    """
+def _raw_config(path: Path, prompts: str | None) -> dict[str, Any]:
+    """Read the YAML for one process, with a section ``samples``."""
     raw = {key: value for key, value in read_yaml(path).items() if key not in _LEFT_OUT}
     section = raw.get("dpo_plugin") or {}
-    if isinstance(section, dict):  # whatever else it is, the check of the config says so
-        samples = section.get("samples") or {}
-        if prompts is not None and isinstance(samples, dict):
-            samples = {**samples, "prompts": prompts}
-        raw["dpo_plugin"] = {**section, "samples": samples}
-    return DictDefault(raw)
+    parse_config(section)
+    samples = {**(section.get("samples") or {}), **({"prompts": prompts} if prompts is not None else {})}
+    return {**raw, "dpo_plugin": {**section, "samples": samples}}
 
 
 def _policy_folder(raw: Mapping[str, Any], checkpoint: str | None) -> Path:
-    """Find the folder of the policy.
-
-    Raises:
-        ConfigError: If there is none.
-    """
     folder = Path(checkpoint or str(raw.get("output_dir"))).expanduser()
     file = "adapter_config.json" if raw.get("adapter") else "config.json"
     if not (folder / file).is_file():
@@ -145,36 +137,11 @@ def _policy_folder(raw: Mapping[str, Any], checkpoint: str | None) -> Path:
     return folder
 
 
-def _load(raw: Any, folder: Path) -> tuple[Any, RunSettings]:
-    """Validate the config for this machine, and put the trained policy in the policy's place.
-
-    Raises:
-        DPOPluginError: For what the config alone shows to be wrong.
-        CheckpointError: If the reference has moved and the folder does not hold it.
-    """
-    configs._quiet()
-    PluginManager.get_instance().plugins.clear()
-    prepare_plugins(raw)
-    plugin = DPOPlugin.active()
-    settings = plugin.run_settings()
-    if raw.get("adapter"):
-        settings = replace(settings, policy=AdapterFolder.open(folder, "--checkpoint"))
-    if settings.reference.strategy.moves and not (folder / REFERENCE_STATE).is_file():
-        raise CheckpointError(
-            f"the reference of the strategy {settings.reference.name!r} moves in training, and {folder} does not hold "
-            f"it ({REFERENCE_STATE}); checkpoints do. Write: --checkpoint {raw.get('output_dir')}/checkpoint-<step>"
-        )
-    plugin.settings = settings
-    cfg = validate_config(raw, *gpu_capabilities())
-    normalize_config(cfg)
-    normalize_cfg_datasets(cfg)
-    plugin_set_cfg(cfg)
-    return cfg, settings
-
-
 def _trainer(cfg: Any, settings: RunSettings, folder: Path) -> Any:
     """Build the run's own trainer, with the base model loaded once; in full fine-tuning, policy and base."""
-    data = _datasets(cfg, settings)
+    with tempfile.TemporaryDirectory() as elsewhere:  # the audit in output_dir stays that of the training
+        data = host_datasets.load_datasets(DictDefault({**cfg, "output_dir": elsewhere}), settings)
+    data = data or load_preference_datasets(cfg=cfg)
     of_policy = copy.deepcopy(cfg)
     if not cfg.adapter:
         of_policy.base_model = of_policy.base_model_config = str(folder)
@@ -197,13 +164,6 @@ def _trainer(cfg: Any, settings: RunSettings, folder: Path) -> Any:
     return trainer
 
 
-def _datasets(cfg: Any, settings: RunSettings) -> TrainDatasetMeta:
-    """Load the run's data; the audit in ``output_dir`` stays that of the training."""
-    with tempfile.TemporaryDirectory() as folder:
-        elsewhere = DictDefault({**cfg, "output_dir": folder})
-        return host_datasets.load_datasets(elsewhere, settings) or load_preference_datasets(cfg=cfg)
-
-
 def _measure(trainer: Any, settings: RunSettings, folder: Path) -> Comparison:
     samples = settings.config.samples
     assert samples is not None
@@ -211,31 +171,21 @@ def _measure(trainer: Any, settings: RunSettings, folder: Path) -> Comparison:
     with trainer.accelerator.autocast():
         answers = make_sampler(trainer, samples, trainer.args.seed)(trainer.model, prompts)
     found = held_out(trainer.evaluate()) if trainer.eval_dataset is not None else {}
-    facts = trainer.origin.reference
+    facts = dict(trainer.origin.reference)
+    made_with = (read_marker(folder) or {}).get("reference", facts)
+    another = f"note: the policy was trained against another reference: {' '.join(made_with.values())}"
     return Comparison(
         policy=str(folder),
         reference=" ".join(facts.values()),
-        note=_note(folder, facts),
+        note=another if made_with != facts else None,
         samples=answers,
         held_out=found.pop("", None),
         by_source=found,
     )
 
 
-def _note(folder: Path, facts: Mapping[str, str]) -> str | None:
-    """Say so if the policy was trained against another reference than the config names."""
-    made_with = (read_marker(folder) or {}).get("reference", facts)
-    if made_with == dict(facts):
-        return None
-    return f"note: the policy was trained against another reference: {' '.join(made_with.values())}"
-
-
 def held_out(metrics: Mapping[str, float]) -> dict[str, Figures]:
-    """Collect the figures of the evaluation pairs: under "" of all, and by source if there are several.
-
-    Args:
-        metrics: What `PreferenceTrainer.evaluate` gives.
-    """
+    """Collect from logged metrics the figures of the evaluation pairs: under "" of all, and by source if several."""
     count = "eval_rewards/count"
     sources = {name.removeprefix(count).removeprefix("/"): name for name in metrics if name.startswith(count)}
     return {

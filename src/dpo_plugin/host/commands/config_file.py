@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -15,31 +15,32 @@ from axolotl.utils.dict import DictDefault
 
 from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.settings import RunSettings
-from dpo_plugin.host.yaml_keys import read_yaml
 
-# The config is read for the machine it will run on, not for this one.
-_CAPABILITIES = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
-
-
-def _quiet() -> None:
-    """Show warnings only; the host's loggers all have a level of their own, so their handlers are set."""
-    for handler in logging.getLogger("axolotl").handlers:
-        handler.setLevel(logging.WARNING)
-    datasets.disable_progress_bars()
+_ANY_MACHINE = (
+    {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"},
+    {"torch_version": str(torch.__version__).split("+")[0]},
+)
+"""A config is read for the machine that it will run on, not for this one."""
 
 
-def read_config(path: str | Path) -> tuple[Any, RunSettings]:
+def load_config(raw: Mapping[str, Any], machine: tuple[Any, Any] = _ANY_MACHINE) -> tuple[Any, RunSettings]:
     """The validated config and our settings, without the host's log of the whole config.
+
+    Args:
+        raw: What `read_yaml` gives.
+        machine: The host's ``gpu_capabilities()``.
 
     Raises:
         ConfigError: If the config does not use dpo_plugin for DPO.
     """
-    _quiet()
-    raw = DictDefault(read_yaml(path))
+    for handler in logging.getLogger("axolotl").handlers:  # not the loggers, which all have a level of their own
+        handler.setLevel(logging.WARNING)
+    datasets.disable_progress_bars()
+    raw = DictDefault(raw)
     PluginManager.get_instance().plugins.clear()
     prepare_plugins(raw)
     settings = DPOPlugin.active().run_settings()
-    cfg = validate_config(raw, _CAPABILITIES, {"torch_version": str(torch.__version__).split("+")[0]})
+    cfg = validate_config(raw, *machine)
     normalize_config(cfg)
     normalize_cfg_datasets(cfg)
     return cfg, settings
