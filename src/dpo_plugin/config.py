@@ -17,6 +17,11 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+def _subsection(kind: type[_Section], **example: Any) -> Any:
+    """The field of a section, whose docstring describes it."""
+    return Field(default_factory=kind, examples=[example], description=kind.__doc__)
+
+
 class ReferenceConfig(_Section):
     """Where the reference's log-probs come from."""
 
@@ -79,9 +84,7 @@ Role = Literal["system", "user", "assistant", "tool", "developer"]
 class DataConfig(_Section):
     """How preference data is read."""
 
-    columns: ColumnsConfig = Field(
-        default_factory=ColumnsConfig, examples=[{"chosen": "best"}], description="Column names."
-    )
+    columns: ColumnsConfig = _subsection(ColumnsConfig, chosen="best")
     roles: dict[Text, Role] = Field(
         default_factory=dict,
         examples=[{"visitor": "user"}],
@@ -188,19 +191,11 @@ class SamplesConfig(_Section):
 class DPOPluginConfig(_Section):
     """The ``dpo_plugin:`` section."""
 
-    reference: ReferenceConfig = Field(
-        default_factory=ReferenceConfig, examples=[{"strategy": "adapter"}], description="The reference policy."
-    )
-    data: DataConfig = Field(
-        default_factory=DataConfig, examples=[{"sample_fraction": 1.0}], description="How preference data is read."
-    )
-    loss: LossConfig = Field(default_factory=LossConfig, examples=[{"ld_alpha": 0.5}], description="The loss.")
-    compute: ComputeConfig = Field(
-        default_factory=ComputeConfig, examples=[{"max_tokens": 8192}], description="How a step is computed."
-    )
-    health: HealthConfig = Field(
-        default_factory=HealthConfig, examples=[{"action": "warn"}], description="Health checks during the run."
-    )
+    reference: ReferenceConfig = _subsection(ReferenceConfig, strategy="adapter")
+    data: DataConfig = _subsection(DataConfig, sample_fraction=1.0)
+    loss: LossConfig = _subsection(LossConfig, ld_alpha=0.5)
+    compute: ComputeConfig = _subsection(ComputeConfig, max_tokens=8192)
+    health: HealthConfig = _subsection(HealthConfig, action="warn")
     report: bool = Field(default=True, description="Write report.html into output_dir at the end of the run.")
     metrics: list[Text] | None = Field(
         default=None,

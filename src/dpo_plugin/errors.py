@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
@@ -86,13 +87,14 @@ STALE = 60
 """Seconds after which another run, whose launcher happens to have the same process id, may say the same again."""
 
 
+@cache
 def report_errors() -> None:
     """Let an error of ours end the process as one line, without a traceback, said by one rank of a node.
 
     Takes over `sys.excepthook`, once per process.
     """
     previous = sys.excepthook
-    if os.environ.get(TRACEBACK) or getattr(previous, "is_ours", False):
+    if os.environ.get(TRACEBACK):
         return
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -101,7 +103,6 @@ def report_errors() -> None:
         else:
             previous(kind, error, traceback)
 
-    hook.is_ours = True  # type: ignore[attr-defined]
     sys.excepthook = hook
 
 
@@ -125,10 +126,8 @@ def _is_first(text: str, error_file: str | None) -> bool:
         if mark.exists() and time.time() - mark.stat().st_mtime > STALE:
             mark.unlink()
         mark.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, FileExistsError)
     return True
 
 

@@ -83,6 +83,7 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
     check_samples(config.samples, engine, held_out=bool(cfg.get("test_datasets") or cfg.get("val_set_size")))
     _check_losses(cfg, config, registry)
     policy = _policy_folder(cfg)
+    jinja = cfg.get("chat_template_jinja")  # needs no name, as in the host's validator
     return RunSettings(
         config=config,
         policy=policy,
@@ -90,7 +91,11 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
         engine=engine,
         revision=cfg.get("revision_of_model"),
         numerics={key: cfg[key] for key in _NUMERICS if cfg.get(key)},
-        template=_template(cfg),
+        template={
+            "chat_template": cfg.get("chat_template") or ("jinja" if jinja else None),
+            "chat_template_jinja": jinja,
+            "chat_template_kwargs": cfg.get("chat_template_kwargs"),
+        },
         metrics=_metrics(config, registry),
         health_checks=_health_checks(config, registry),
         precompute=bool(cfg.get("precompute_ref_log_probs")),
@@ -99,16 +104,6 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
         datasets=_entries(cfg, "datasets", registry),
         test_datasets=_entries(cfg, "test_datasets", registry),
     )
-
-
-def _template(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The config's chat template; a template in text needs no name, as in the host's validator."""
-    jinja = cfg.get("chat_template_jinja")
-    return {
-        "chat_template": cfg.get("chat_template") or ("jinja" if jinja else None),
-        "chat_template_jinja": jinja,
-        "chat_template_kwargs": cfg.get("chat_template_kwargs"),
-    }
 
 
 def _check_host_keys(cfg: Mapping[str, Any]) -> None:
@@ -143,7 +138,9 @@ def _check_losses(cfg: Mapping[str, Any], config: DPOPluginConfig, registry: Reg
 def _policy_folder(cfg: Mapping[str, Any]) -> AdapterFolder | None:
     path = cfg.get("lora_model_dir")
     if not path:
-        _check_fresh_lora(cfg)
+        peft = cfg.get("peft")
+        loftq = isinstance(peft, Mapping) and peft.get("loftq_config")
+        check_fresh_init("loftq" if loftq else cfg.get("peft_init_lora_weights"))
         return None
     if not cfg.get("adapter"):
         raise ConfigError("`lora_model_dir` is set but `adapter` is not. Write: adapter: lora (or qlora)")
@@ -156,13 +153,6 @@ def _policy_folder(cfg: Mapping[str, Any]) -> AdapterFolder | None:
                 f"the policy starts from that adapter and keeps its shape. Write: {key}: {found}"
             )
     return folder
-
-
-def _check_fresh_lora(cfg: Mapping[str, Any]) -> None:
-    check_fresh_init(cfg.get("peft_init_lora_weights"))
-    peft = cfg.get("peft")
-    if isinstance(peft, Mapping) and peft.get("loftq_config"):
-        check_fresh_init("loftq")
 
 
 def _reference(
@@ -186,7 +176,14 @@ def _reference(
         )
     if (strategy.needs_lora or strategy.needs_adapter) and not cfg.get("adapter"):
         raise ConfigError(f"`dpo_plugin.reference.strategy: {name}` needs an adapter. Write: adapter: lora")
-    adapter = _reference_folder(name, config, policy) if strategy.needs_adapter else None
+    adapter = None
+    if strategy.needs_adapter:
+        own = config.adapter_dir
+        adapter = open_adapter(own, "dpo_plugin.reference.adapter_dir") if own else policy
+        if adapter is None:
+            raise ConfigError(
+                f"`dpo_plugin.reference.strategy: {name}` finds no adapter. Write: lora_model_dir: <SFT adapter folder>"
+            )
     strategy.check_adapters(policy, adapter)
     if engine.shards_parameters and strategy.moves:
         raise ConfigError(
@@ -194,16 +191,6 @@ def _reference(
             f"under {engine.label}. Write: strategy: adapter (or deepspeed: <a config of ZeRO stage 1 or 2>)"
         )
     return ReferenceChoice(name, strategy, adapter, _cache_dir(cfg, config.cache, strategy, name))
-
-
-def _reference_folder(name: str, config: ReferenceConfig, policy: AdapterFolder | None) -> AdapterFolder:
-    if config.adapter_dir:
-        return open_adapter(config.adapter_dir, "dpo_plugin.reference.adapter_dir")
-    if policy is None:
-        raise ConfigError(
-            f"`dpo_plugin.reference.strategy: {name}` finds no adapter. Write: lora_model_dir: <SFT adapter folder>"
-        )
-    return policy
 
 
 def _cache_dir(
@@ -229,18 +216,18 @@ _ATTENTION_FLAGS = (
 def _prefix_sharing_blocker(cfg: Mapping[str, Any], config: DPOPluginConfig) -> str | None:
     """Why chosen and rejected are computed as two rows each, or None if they share their prefix."""
     wanted = config.compute.prefix_sharing
-    named = [f"attn_implementation: {cfg['attn_implementation']}"] if cfg.get("attn_implementation") else []
-    named += [f"{flag}: true" for flag in _ATTENTION_FLAGS if cfg.get(flag)]
-    hindered = None
     if wanted is False:
         return "`dpo_plugin.compute.prefix_sharing: false` asks for it"
     if cfg.get("torch_compile"):
-        hindered = "`torch_compile` would compile anew for each pair's lengths"
-    elif named and wanted == "auto":
-        hindered = f"`{named[0]}` asks for an attention by name; remove the line to share prefixes"
-    if hindered and wanted is True:
-        raise ConfigError(f"{hindered}, but `dpo_plugin.compute.prefix_sharing: true` needs one flat row. Write: auto")
-    return hindered
+        why = "`torch_compile` would compile anew for each pair's lengths"
+        if wanted is True:
+            raise ConfigError(f"{why}, but `dpo_plugin.compute.prefix_sharing: true` needs one flat row. Write: auto")
+        return why
+    named = [f"attn_implementation: {cfg['attn_implementation']}"] if cfg.get("attn_implementation") else []
+    named += [f"{flag}: true" for flag in _ATTENTION_FLAGS if cfg.get(flag)]
+    if named and wanted == "auto":
+        return f"`{named[0]}` asks for an attention by name; remove the line to share prefixes"
+    return None
 
 
 def _metrics(config: DPOPluginConfig, registry: Registry) -> Mapping[str, PreferenceMetric]:
@@ -262,9 +249,7 @@ def _entries(cfg: Mapping[str, Any], key: str, registry: Registry) -> list[dict[
         where = f"{key}[{index}]"
         kind = entry.get("type")
         if isinstance(kind, str) and kind.startswith(PREFIX):
-            name = kind.removeprefix(PREFIX)
-            if name not in registry.formats:
-                registry.formats.find(name, f"{where}.type: dpo_plugin")
+            registry.formats.find(kind.removeprefix(PREFIX), f"{where}.type: dpo_plugin")
         _check_files(entry, where)
     return entries
 

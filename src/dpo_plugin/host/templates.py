@@ -41,12 +41,7 @@ def renderer_of(
 
 
 def check_samples(samples: SamplesConfig | None, engine: EngineSettings, held_out: bool) -> None:
-    """Check the section ``samples``.
-
-    Args:
-        samples: The section.
-        engine: What the run is spread with.
-        held_out: Whether the config has evaluation data.
+    """Check the section ``samples`` of a config that has evaluation data (`held_out`) or not.
 
     Raises:
         ConfigError: If the prompts are missing or cannot be read, or the model is split over ranks.
@@ -65,11 +60,7 @@ def check_samples(samples: SamplesConfig | None, engine: EngineSettings, held_ou
 
 
 def refusal(split: str) -> ConfigError:
-    """The error for a model that is split over ranks.
-
-    Args:
-        split: What splits it.
-    """
+    """The error for a model that `split` spreads over ranks."""
     return ConfigError(
         f"`dpo_plugin.samples` lets one rank answer, but with `{split}` no rank can run the model alone: all of them "
         "would have to generate every token in lock step. After training, `axolotl dpo compare <config.yaml>` "

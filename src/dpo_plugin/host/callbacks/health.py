@@ -30,7 +30,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
     """Runs the health checks at each logging step and says what they find once; keeps log and findings on disk.
 
     Args:
-        trainer: The run's.
+        trainer: The trainer.
         checks: Name → check and its action.
         report: Whether the report is written at the end.
     """

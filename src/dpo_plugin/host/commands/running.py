@@ -51,11 +51,6 @@ def leave_out_engine(cfg: Any) -> None:
             cfg.pop(key, None)
 
 
-def adapter_named_on_command_line() -> bool:
-    """Whether ``--lora-model-dir`` was given, which wins over everything."""
-    return any(word.split("=")[0].replace("_", "-") == "--lora-model-dir" for word in sys.argv)
-
-
 def intended_rl(cfg: Any) -> str:
     """``rl`` as the YAML says; ``axolotl inference`` removes it from the config that plugins see."""
     path = cfg.get("axolotl_config_path")
@@ -65,12 +60,13 @@ def intended_rl(cfg: Any) -> str:
 
 
 def use_trained_adapter(cfg: Any, command: str) -> None:
-    """Point ``lora_model_dir`` at the DPO adapter in ``output_dir``.
+    """Point ``lora_model_dir`` at the DPO adapter in ``output_dir``, unless ``--lora-model-dir`` was given.
 
     Raises:
         ConfigError: If there is none.
     """
-    if adapter_named_on_command_line() or not cfg.get("adapter"):
+    named = any(word.split("=")[0].replace("_", "-") == "--lora-model-dir" for word in sys.argv)
+    if named or not cfg.get("adapter"):
         return
     trained = Path(str(cfg.get("output_dir")))
     if not (trained / "adapter_config.json").is_file():

@@ -38,15 +38,7 @@ def write_card(trainer: RunningTrainer) -> None:
 def model_card(
     output_dir: Path, base: str, facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]], adapter: bool
 ) -> str:
-    """Format the card in Markdown, with the front matter that the hub reads.
-
-    Args:
-        output_dir: Where the data audit may be.
-        base: The base model.
-        facts: What to list, in order.
-        history: The trainer's log lines.
-        adapter: Whether an adapter was trained, or the whole model.
-    """
+    """Format the card of an adapter or a whole model in Markdown, with the front matter that the hub reads."""
     library = "peft" if adapter else "transformers"
     front = {"base_model": base, "library_name": library, "tags": ["dpo", "axolotl", "dpo_plugin"]}
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {output_dir.name}", ""]

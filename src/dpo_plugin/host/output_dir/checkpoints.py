@@ -41,13 +41,7 @@ class Origin:
 
 
 def write_marker(folder: Path, origin: Origin, files: Mapping[str, str] | None = None) -> None:
-    """Write into a saved folder what it was trained with.
-
-    Args:
-        folder: A checkpoint or the output folder.
-        origin: What it was trained with.
-        files: Path in the folder → SHA-256, for a checkpoint that is whole.
-    """
+    """Write into a saved folder what it was trained with, and of a checkpoint that is whole its `file_digests`."""
     content = {"dpo_plugin": version("dpo-plugin"), "reference": dict(origin.reference), "base": origin.base}
     if files is not None:
         content["files"] = dict(files)

@@ -21,14 +21,7 @@ REFERENCE_STATE = "reference_state.safetensors"
 
 
 def origin_of(model: Any, strategy_name: str, strategy: ReferenceStrategy, base: str) -> Origin:
-    """Say what a run trains with; call before an engine takes over the model.
-
-    Args:
-        model: Policy and reference.
-        strategy_name: The reference strategy's registered name.
-        strategy: The reference.
-        base: Digest of the base model.
-    """
+    """Say what a run trains with, on the base model of a digest; call before an engine takes over the model."""
     reference = {"strategy": strategy_name, "identity": strategy.identity()}
     if not isinstance(model, PolicyReferenceModel):
         return Origin(reference, base)
@@ -49,14 +42,7 @@ def load_reference(strategy: ReferenceStrategy, folder: Path) -> None:
 
 
 def complete_checkpoint(folder: Path, origin: Origin, limit: int | None, best: str | None) -> None:
-    """Mark a checkpoint as complete, then delete older ones.
-
-    Args:
-        folder: The checkpoint.
-        origin: What it was trained with.
-        limit: Number of checkpoints to keep; None keeps all.
-        best: The checkpoint that is never deleted.
-    """
+    """Mark a checkpoint as complete, then delete the oldest beyond `limit` (None keeps all), but never `best`."""
     write_marker(folder, origin, file_digests(folder))
     rotate_checkpoints(str(folder.parent), limit, best, use_mtime=True)
 
@@ -67,11 +53,7 @@ _TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 @contextmanager
 def saving(folder: Path, step: int | None = None) -> Iterator[None]:
-    """Context in which files are written into a folder.
-
-    Args:
-        folder: Where.
-        step: The step at which it is, if that is known.
+    """Context in which files are written into a folder, at a step if that is known.
 
     Raises:
         CheckpointError: If the disk is full or refuses the files.
