@@ -10,14 +10,8 @@ from dpo_plugin.health.checks import CHECKS
 from dpo_plugin.health.monitor import HealthCheck
 from dpo_plugin.hookspecs import hookimpl
 from dpo_plugin.metrics.pair import METRICS, PreferenceMetric
+from dpo_plugin.model import references
 from dpo_plugin.model.ema import EmaReference
-from dpo_plugin.model.references import (
-    AdapterReference,
-    BaseReference,
-    ModelReference,
-    NoReference,
-    ReferenceStrategy,
-)
 
 
 @hookimpl
@@ -27,14 +21,14 @@ def dpo_preference_formats() -> Mapping[str, PreferenceFormat]:
 
 
 @hookimpl
-def dpo_reference_strategies() -> Mapping[str, type[ReferenceStrategy]]:
+def dpo_reference_strategies() -> Mapping[str, type[references.ReferenceStrategy]]:
     """Our reference strategies."""
     return {
-        "adapter": AdapterReference,
-        "base": BaseReference,
-        "model": ModelReference,
+        "adapter": references.AdapterReference,
+        "base": references.BaseReference,
+        "model": references.ModelReference,
         "ema": EmaReference,
-        "none": NoReference,
+        "none": references.NoReference,
     }
 
 

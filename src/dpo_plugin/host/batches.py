@@ -1,17 +1,20 @@
-"""What a trainer is made of: adapters, the models' attention, the layout of batches, and the step."""
+"""What a trainer is made of: adapters, attention, layout of batches, the step, the cache of reference log-probs."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_plugin.compute import attention
+from dpo_plugin.compute import attention, batching, lm_head, logps
 from dpo_plugin.compute.batching import PairCollator, find_row, row_name, sequences
 from dpo_plugin.compute.lm_head import ForwardOptions
 from dpo_plugin.compute.logps import PLAIN_LM_HEADS
@@ -23,7 +26,9 @@ from dpo_plugin.host.settings import RunSettings
 from dpo_plugin.host.workarounds import keep_nf4_as_packed
 from dpo_plugin.metrics.pair import needed_by
 from dpo_plugin.model.adapters import attach
+from dpo_plugin.model.cache import ReferenceLogpCache, cache_key, config_digest, rope_limit, weights_digest
 from dpo_plugin.model.finite import weights_not_finite
+from dpo_plugin.model.references import ReferenceStrategy
 from dpo_plugin.registry import get_registry
 from dpo_plugin.types import PairBatch
 
@@ -50,8 +55,7 @@ def shares_prefixes(settings: RunSettings, base: Any) -> bool:
         return True
     if settings.config.compute.prefix_sharing is True:
         raise ConfigError(f"{why}, but `dpo_plugin.compute.prefix_sharing: true` asks for it. Write: auto")
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        LOG.info(f"dpo_plugin: chosen and rejected are computed as two rows each, because {why}")
+    LOG.info(f"dpo_plugin: chosen and rejected are computed as two rows each, because {why}")
     return False
 
 
@@ -118,6 +122,59 @@ def _locate_pair(trainer: Any, batch: PairBatch, pair: int) -> str:
         "bf16: true, or a smaller learning_rate"
     )
     return f"at step {trainer.state.global_step}, for {row}, source {batch.sources[pair]!r}. {cause}"
+
+
+# ── the cache of reference log-probs ──
+
+
+def open_cache(
+    settings: RunSettings, strategy: ReferenceStrategy, base: str, config: Any, longest: Callable[[], int]
+) -> ReferenceLogpCache | None:
+    """Open the cache for this base (`base_identity`), reference, precision and code; None if nothing is cached.
+
+    With ``precompute_ref_log_probs`` and ``cache: false`` it lives in memory. `longest` counts the tokens of the
+    longest row, padding included.
+    """
+    folder = settings.reference.cache_dir
+    if not strategy.cacheable() or (folder is None and not settings.precompute):
+        return None
+    limit = rope_limit(config)
+    if limit is not None and longest() > limit:
+        LOG.warning(
+            "dpo_plugin: reference log-probs are not kept. This model's rotary frequencies depend on the longest row "
+            f"of a batch as soon as it has more than {limit} tokens, and so do the log-probs of all rows in it. To "
+            f"keep them, write: sequence_len: {limit}"
+        )
+        return None
+    source = "".join(map(inspect.getsource, (attention, batching, lm_head, logps)))
+    key = cache_key(
+        base=base,
+        numerics=settings.numerics,
+        reference=[settings.reference.name, strategy.identity()],
+        dtype=str(settings.engine.dtype),
+        ld_alpha=settings.config.loss.ld_alpha,
+        code=hashlib.sha256(source.encode()).hexdigest(),
+    )
+    return ReferenceLogpCache(folder / "reference_logps" if folder else None, key)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Bound by how much two forwards of one model may differ in batches of other shapes: nats per √token.
+
+    Eight times the spacing of the numbers that the run multiplies. 16-bit training and serving of one model differ by a
+    Kullback-Leibler divergence of about 8e-4 nats a token in bf16 (arXiv 2510.26788), which is 0.04 in this unit.
+
+    Args:
+        dtype: `EngineSettings.dtype`.
+    """
+    return max(8 * torch.finfo(dtype).eps, 1e-3)
+
+
+def base_identity(base: Any) -> str:
+    """Hash the base model as loaded: its config, and a local folder's weights or its name and commit on the hub."""
+    folder = Path(str(base.config.name_or_path))
+    commit = f"{base.config.name_or_path}@{getattr(base.config, '_commit_hash', None)}"
+    return cache_key(weights=weights_digest(folder) if folder.is_dir() else commit, config=config_digest(base.config))
 
 
 # ── data ──

@@ -58,13 +58,13 @@ def load_datasets(cfg: Any, settings: RunSettings) -> TrainDatasetMeta | None:
     The host prepares the data where a data set is of one of its other types (``chatml.intel``, ``user_defined``, …) or
     ``skip_prepare_dataset`` is set, which formats of ours cannot be mixed with.
     """
-    ours = [kind for kind in _types(settings) if kind.startswith(PREFIX)]
+    ours, theirs = _types(settings)
     if cfg.skip_prepare_dataset and ours:
         raise ConfigError(
             f"`skip_prepare_dataset: true` leaves the data to axolotl, which cannot read `type: {ours[0]}`. "
             "Write: skip_prepare_dataset: false"
         )
-    if not ours and (cfg.skip_prepare_dataset or _host_types(settings)):
+    if not ours and (cfg.skip_prepare_dataset or theirs):
         return None
     _, parts, audits = prepare_all(cfg, settings)
     report_audits(audits, Path(cfg.output_dir))
@@ -77,13 +77,11 @@ def load_datasets(cfg: Any, settings: RunSettings) -> TrainDatasetMeta | None:
     return TrainDatasetMeta(train_dataset=train, eval_dataset=test, total_num_steps=steps)
 
 
-def _types(settings: RunSettings) -> list[str]:
-    return [str(entry.get("type")) for entry in (*settings.datasets, *settings.test_datasets)]
-
-
-def _host_types(settings: RunSettings) -> list[str]:
-    """The types of dataset entries that only the host can read."""
-    return [kind for kind in _types(settings) if not (kind.startswith(PREFIX) or kind in HOST_TYPES)]
+def _types(settings: RunSettings) -> tuple[list[str], list[str]]:
+    """The types of dataset entries that are ours, and those that only the host can read."""
+    kinds = [str(entry.get("type")) for entry in (*settings.datasets, *settings.test_datasets)]
+    ours = [kind for kind in kinds if kind.startswith(PREFIX)]
+    return ours, [kind for kind in kinds if kind not in (*ours, *HOST_TYPES)]
 
 
 def prepare_all(cfg: Any, settings: RunSettings) -> tuple[Any, dict[str, list[Dataset]], list[dict[str, Any]]]:
@@ -95,7 +93,7 @@ def prepare_all(cfg: Any, settings: RunSettings) -> tuple[Any, dict[str, list[Da
     Raises:
         ConfigError: If a data set is of a type that only the host can read.
     """
-    if theirs := _host_types(settings):
+    if theirs := _types(settings)[1]:
         raise ConfigError(f"`type: {theirs[0]}` is read by axolotl alone. Write: type: dpo_plugin.chat")
     tokenizer = load_tokenizer(cfg)
     folder = Path(cfg.dataset_prepared_path or "last_run_prepared")

@@ -29,9 +29,7 @@ from dpo_plugin.host.log import LOG
 from dpo_plugin.host.output_dir import resume
 from dpo_plugin.host.output_dir.card import write_card
 from dpo_plugin.host.output_dir.checkpoints import checkpoint_to_resume, write_marker
-from dpo_plugin.host.output_dir.resume import saving
 from dpo_plugin.host.plugin import DPOPlugin
-from dpo_plugin.host.reference_cache import base_identity, open_cache, rounding
 from dpo_plugin.metrics.adapter_norms import AdapterNorms
 from dpo_plugin.metrics.recorder import MetricRecorder
 from dpo_plugin.model.adapters import PolicyReferenceModel
@@ -91,11 +89,10 @@ class PreferenceTrainer(RunningTrainer):
         strategy = settings.reference.strategy(self.model, self.ref_model, settings.config.reference)
         if isinstance(self.model, PolicyReferenceModel):
             strategy.policy_values = partial(gather_policy, self.model)
-        digest = base_identity(base)
-        cache = open_cache(settings, strategy, digest, base.config, partial(batches.longest_row, self))
-        self.reference = CachedReference(
-            strategy, cache, partial(on_any_rank, self.accelerator), rounding(settings.engine.dtype), LOG.warning
-        )
+        digest = batches.base_identity(base)
+        cache = batches.open_cache(settings, strategy, digest, base.config, partial(batches.longest_row, self))
+        together, tolerance = partial(on_any_rank, self.accelerator), batches.rounding(settings.engine.dtype)
+        self.reference = CachedReference(strategy, cache, together, tolerance, LOG.warning)
         self.origin = resume.origin_of(self.model, settings.reference.name, strategy, digest)
 
     def _add_callbacks(self) -> None:
@@ -244,7 +241,7 @@ class PreferenceTrainer(RunningTrainer):
             CheckpointError: If it cannot be written.
         """
         folder = Path(output_dir or self.args.output_dir)
-        with saving(folder, self.state.global_step):
+        with resume.saving(folder, self.state.global_step):
             if isinstance(self.model, PolicyReferenceModel) and (self._is_sharded() or self.is_deepspeed_enabled):
                 policy = gather_policy(self.model)
                 if self.args.should_save:
@@ -257,14 +254,10 @@ class PreferenceTrainer(RunningTrainer):
                     resume.save_reference(self.reference.strategy, folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save a checkpoint and, last, the digests of its files; only then delete older ones.
-
-        Raises:
-            CheckpointError: If it cannot be written.
-        """
+        """Save a checkpoint and, last, the digests of its files; only then delete older ones."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            with saving(Path(self.args.output_dir), self.state.global_step):
+            with resume.saving(Path(self.args.output_dir), self.state.global_step):
                 super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit

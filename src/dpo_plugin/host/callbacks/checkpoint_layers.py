@@ -48,11 +48,7 @@ class CheckpointLayers(TrainerCallback):  # type: ignore[misc]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         states = 3 * 4 * trained  # the gradient and AdamW's two moments in fp32
-        return layers_to_checkpoint(len(layers), self._longest(), per_token, free - states)
-
-    def _longest(self) -> int:
-        """Count the tokens of the longest forward."""
-        collator = self.trainer.data_collator
-        longest = max(collator.tokens([row]) for row in self.trainer.train_dataset)
-        most = longest * int(self.trainer.args.per_device_train_batch_size)
-        return min(most, collator.max_tokens or most)
+        collator = trainer.data_collator
+        most = max(collator.tokens([row]) for row in trainer.train_dataset) * trainer.args.per_device_train_batch_size
+        longest_forward = min(most, collator.max_tokens or most)  # tokens
+        return layers_to_checkpoint(len(layers), longest_forward, per_token, free - states)

@@ -30,9 +30,11 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
     """Runs the health checks at each logging step and says what they find once; keeps log and findings on disk.
 
     Args:
-        trainer: The trainer.
         checks: Name → check and its action.
         report: Whether the report is written at the end.
+
+    Raises:
+        HealthError: If a check with the action ``stop`` finds something, before the first step or at one.
     """
 
     def __init__(self, trainer: RunningTrainer, checks: Mapping[str, tuple[HealthCheck, Action]], report: bool):
@@ -43,11 +45,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         self.monitor: HealthMonitor | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Check what is known before the first step, including the lines of a run that is resumed.
-
-        Raises:
-            HealthError: If a check with the action ``stop`` finds something already.
-        """
+        """Check what is known before the first step, including the lines of a run that is resumed."""
         history = History(run_facts(self.trainer), objects(read_json(self.folder / AUDIT, []).get("datasets")))
         for line in state.log_history:
             history.add(line)
@@ -61,11 +59,7 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         self._act(self.monitor.check())
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Check the line that was just logged.
-
-        Raises:
-            HealthError: If a check with the action ``stop`` finds something.
-        """
+        """Check the line that was just logged."""
         if self.monitor is not None and state.log_history:
             if self.trainer.is_world_process_zero():
                 file = self.folder / LOG_FILE

@@ -62,9 +62,7 @@ class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
         """Write new log-probs to the cache."""
         self._flush()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Write new log-probs to the cache."""
-        self._flush()
+    on_train_end = on_log
 
     def _flush(self) -> None:
         cache = self.trainer.reference.cache

@@ -18,16 +18,9 @@ from dpo_plugin.host.callbacks import RunningTrainer
 from dpo_plugin.host.log import may_fail
 from dpo_plugin.host.templates import KEY, check_rendered_as_trained, refusal, render_prompt, renderer_of
 from dpo_plugin.report.run_files import SAMPLES
+from dpo_plugin.samples import records
 from dpo_plugin.samples.generate import AnswerOptions, Sampler
 from dpo_plugin.samples.prompts import prompts_of_pairs, read_prompts
-from dpo_plugin.samples.records import (
-    COLUMNS,
-    Sample,
-    append_samples,
-    keep_until,
-    samples_markdown,
-    samples_table,
-)
 
 
 def prompt_ids(trainer: RunningTrainer, settings: SamplesConfig) -> list[list[int]]:
@@ -98,7 +91,7 @@ class SamplesCallback(TrainerCallback):  # type: ignore[misc]
         self._prompts = prompt_ids(trainer, self.settings)
         if state.is_world_process_zero:
             with may_fail(Path(args.output_dir) / SAMPLES):
-                keep_until(Path(args.output_dir) / SAMPLES, state.global_step)
+                records.keep_until(Path(args.output_dir) / SAMPLES, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take samples if they are due; the last before trackers close."""
@@ -110,10 +103,8 @@ class SamplesCallback(TrainerCallback):  # type: ignore[misc]
         self._take(args, state)
 
     def _take(self, args: Any, state: Any) -> None:
-        if state.global_step == self._last:
-            return
-        self._last = state.global_step
-        if not state.is_world_process_zero:
+        due, self._last = state.global_step != self._last, state.global_step
+        if not due or not state.is_world_process_zero:
             return
         trainer = self.trainer
         sampler = make_sampler(trainer, self.settings, seed=args.seed + state.global_step)
@@ -121,17 +112,16 @@ class SamplesCallback(TrainerCallback):  # type: ignore[misc]
             samples = sampler(trainer.model, self._prompts, state.global_step)
         file = Path(args.output_dir) / SAMPLES
         with may_fail(file):
-            append_samples(file, samples)
-        Console().print(samples_table(samples, f"dpo_plugin: samples at step {state.global_step}"))
+            records.append_samples(file, samples)
+        Console().print(records.samples_table(samples, f"dpo_plugin: samples at step {state.global_step}"))
         send_to_trackers(trainer.callback_handler.callbacks, samples, state.global_step)
 
 
-def send_to_trackers(callbacks: Sequence[Any], samples: Sequence[Sample], step: int) -> None:
+def send_to_trackers(callbacks: Sequence[Any], samples: Sequence[records.Sample], step: int) -> None:
     """Show samples in Weights & Biases and TensorBoard, through those of their callbacks that are set up."""
-    rows = [sample.row() for sample in samples]
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            callback.tb_writer.add_text("samples", samples_markdown(samples), step)
+            callback.tb_writer.add_text("samples", records.samples_markdown(samples), step)
         elif isinstance(callback, WandbCallback) and callback._wandb is not None and callback._wandb.run is not None:
-            table = callback._wandb.Table(columns=list(COLUMNS), data=rows)
+            table = callback._wandb.Table(columns=list(records.COLUMNS), data=[sample.row() for sample in samples])
             callback._wandb.log({"samples": table, "train/global_step": step})

@@ -185,11 +185,7 @@ def _not_resumable(folder: Path) -> str | None:
 
 
 def check_origin(folder: Path, origin: Origin) -> None:
-    """Refuse a complete checkpoint that was trained with something else.
-
-    Raises:
-        CheckpointError: Naming what differs.
-    """
+    """Refuse a complete checkpoint that was trained with something else, naming what differs."""
     made_with = read_marker(folder) or {}
     if made_with["reference"] != dict(origin.reference):
         raise CheckpointError(

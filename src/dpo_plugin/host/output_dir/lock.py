@@ -6,7 +6,6 @@ import atexit
 import json
 import os
 import socket
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def hold(output_dir: Path) -> None:
                 "Write: output_dir: <another folder>"
             )
         file.unlink(missing_ok=True)
-    atexit.register(partial(release, output_dir))
+    atexit.register(release, output_dir)
 
 
 def release(output_dir: Path) -> None:
