@@ -16,8 +16,7 @@ from transformers import EarlyStoppingCallback
 from dpo_plugin.engines.sharded import reference_digest
 from dpo_plugin.errors import AdapterError, ConfigError, report_errors
 from dpo_plugin.host import datasets as host_datasets
-from dpo_plugin.host.commands.merge_lora import complete_merges
-from dpo_plugin.host.commands.running import intended_rl, leave_out_engine, running_command, use_trained_adapter
+from dpo_plugin.host.commands import running
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.output_dir.lock import hold, release
 from dpo_plugin.host.settings import RunSettings, read_settings
@@ -60,13 +59,13 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         report_errors()
         self.settings = None
         self.shown = shown_settings(cfg)  # as written, before the host adds its defaults
-        command = running_command(cfg)
-        if intended_rl(cfg) in ("dpo", "ipo") and command != "train":
-            leave_out_engine(cfg)
+        command = running.running_command(cfg)
+        if running.intended_rl(cfg) in ("dpo", "ipo") and command != "train":
+            running.leave_out_engine(cfg)
             if command == "merge-lora":
-                complete_merges()
+                running.complete_merges()
             if command != "evaluate":
-                use_trained_adapter(cfg, command)
+                running.use_trained_adapter(cfg, command)
                 return
         if str(cfg.get("rl")) not in ("dpo", "ipo"):
             LOG.info(f"dpo_plugin: nothing to do for `rl: {cfg.get('rl')}`; it serves rl: dpo and rl: ipo.")
@@ -143,7 +142,7 @@ def settings_for_evaluation(cfg: Any, settings: RunSettings) -> RunSettings:
     axolotl 0.19's evaluate asks no plugin for data (cli/evaluate.py:37), so its loader is replaced;
     tests/integration/test_host_commands.py fails when it asks.
     """
-    use_trained_adapter(cfg, "evaluate")
+    running.use_trained_adapter(cfg, "evaluate")
     if cfg.get("adapter"):
         settings = replace(settings, policy=AdapterFolder.open(cfg["lora_model_dir"], "lora_model_dir"))
     for module in map(sys.modules.get, ("__main__", "axolotl.cli.evaluate")):

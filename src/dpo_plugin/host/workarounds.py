@@ -1,7 +1,7 @@
 """Every patch of axolotl, transformers, trl and bitsandbytes: the fault, the version, and the test that needs it.
 
 Faults of DeepSpeed and accelerate that take no patch are worked around in `dpo_plugin.engines.precision`; the commands
-that axolotl runs on the trained adapter in `dpo_plugin.host.plugin` and `dpo_plugin.host.commands.merge_lora`.
+that axolotl runs on the trained adapter in `dpo_plugin.host.plugin` and `dpo_plugin.host.commands.running`.
 """
 
 from __future__ import annotations
