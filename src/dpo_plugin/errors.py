@@ -77,24 +77,14 @@ class HealthError(DPOPluginError):
 # ── the end of a process ──
 
 
-TRACEBACK = "DPO_PLUGIN_TRACEBACK"
-"""Environment variable that brings the traceback back."""
-
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-"""Set by torchrun and accelerate for each rank; what is in the file ends the launcher's own message."""
-
-STALE = 60
-"""Seconds after which another run, whose launcher happens to have the same process id, may say the same again."""
-
-
 @cache
 def report_errors() -> None:
     """Let an error of ours end the process as one line, without a traceback, said by one rank of a node.
 
-    Takes over `sys.excepthook`, once per process.
+    Takes over `sys.excepthook`, once per process, unless the environment has ``DPO_PLUGIN_TRACEBACK``.
     """
     previous = sys.excepthook
-    if os.environ.get(TRACEBACK):
+    if os.environ.get("DPO_PLUGIN_TRACEBACK"):
         return
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -108,7 +98,7 @@ def report_errors() -> None:
 
 def _say(text: str) -> None:
     sys.stdout.flush()
-    error_file = os.environ.get(ERROR_FILE)
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # of torchrun and accelerate, which end with what is in it
     first = int(os.environ.get("WORLD_SIZE") or 1) == 1 or _is_first(text, error_file)
     if error_file:
         with contextlib.suppress(OSError):
@@ -123,8 +113,8 @@ def _is_first(text: str, error_file: str | None) -> bool:
     folder = Path(error_file).parents[1] if error_file else Path(tempfile.gettempdir())
     mark = folder / f"dpo_plugin-{os.getppid()}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     try:
-        if mark.exists() and time.time() - mark.stat().st_mtime > STALE:
-            mark.unlink()
+        if mark.exists() and time.time() - mark.stat().st_mtime > 60:  # seconds
+            mark.unlink()  # of an earlier run whose launcher had the same process id
         mark.touch(exist_ok=False)
     except OSError as error:
         return not isinstance(error, FileExistsError)

@@ -13,9 +13,7 @@ _MARKDOWN = re.compile(r"[\\`*_<>$|~&]|(?<=\])[(\[]")  # a bracket alone is no l
 def one_line(text: str, longest: int | None = None) -> str:
     r"""Text without what a terminal obeys or what ends a line: such characters become escapes (``\x1b``, ``\n``).
 
-    Args:
-        text: The text.
-        longest: Characters after which it is cut, with an ellipsis; None for no limit.
+    Beyond `longest` characters, if given, it is cut and ends with an ellipsis.
     """
     escaped = _CONTROL.sub(_escape, text if longest is None else text[: longest + 1])
     return escaped if longest is None or len(escaped) <= longest else escaped[: longest - 1] + "…"
