@@ -221,10 +221,6 @@ def _longest_batch(step: Step, fake: FakeTensorMode) -> PairBatch:
     return PairBatch(**{**fields, **faked, "attention_mask": None})
 
 
-def _autocast(step: Step) -> Any:
-    return torch.autocast("cpu", torch.bfloat16) if step.autocast else nullcontext()
-
-
 def _reference(model: Any) -> Any:
     if not isinstance(model, PolicyReferenceModel):
         return nullcontext()  # a second model of the same shape
@@ -233,7 +229,7 @@ def _reference(model: Any) -> Any:
 
 def _forward(model: Any, batch: PairBatch, step: Step) -> CompletionLogps:
     options = ForwardOptions(chunk=step.chunk)
-    with _autocast(step):
+    with torch.autocast("cpu", torch.bfloat16, enabled=step.autocast):
         if scores_in_head(model):
             return run_model(model, batch, options)
         return completion_logps(model(input_ids=batch.input_ids, use_cache=False).logits, batch, options)

@@ -113,11 +113,7 @@ def model_config(cfg: Mapping[str, Any]) -> Any:
 
 
 def reference_strategy(cfg: Mapping[str, Any], reference: ReferenceConfig) -> type[ReferenceStrategy]:
-    """Look up the strategy that a config asks for.
-
-    Raises:
-        ConfigError: If it is unknown, or the adapter is of another kind than LoRA.
-    """
+    """Look up the strategy that a config asks for; an unknown one is an error."""
     name = strategy_name(cfg, reference)
     strategy: type[ReferenceStrategy] = get_registry().reference_strategies.find(name, "dpo_plugin.reference.strategy")
     return strategy

@@ -184,7 +184,6 @@ class Planner:
         return {
             "fits": limit is None,
             "limit": limit,
-            "largest_part": max(need.parts, key=lambda part: need.parts[part]),
             "load_gib": gib(need.load),
             "step_gib": gib(need.step),
             "host_gib": gib(need.host),
@@ -205,20 +204,18 @@ class Planner:
         sizes = self.model(self.cfg).sizes
         given = inputs.plan_input(self.cfg, self.used, self.machine.gpus, self.reference)
         step = inputs.longest_step(self.cfg, self.compute, self.config, given, self.used)
-        parameters = sum(sizes.linear) + sum(sizes.other)
         return {
             "config": self.path,
             "engine": self.used,
             "gpus": self.machine.gpus,
             "gpu_memory_gib": gib(self.machine.gpu),
             "host_memory_gib": gib(self.machine.host),
-            "parameters": parameters,
+            "parameters": sum(sizes.linear) + sum(sizes.other),
             "trained_parameters": sizes.trained,
             "reference_adapter_parameters": sum(sizes.reference),
             "bits": given.bits,
             "tokens_per_forward": 2 * step.pairs * step.length,
             "engines": {column: self.verdict(column) for column in COLUMNS},
-            "two_copies_gib": two_copies(parameters),
             "notes": self._notes(),
         }
 
@@ -251,11 +248,7 @@ class Planner:
 def _next_change(cfg: Mapping[str, Any], column: str, limit: str, tried: bool) -> dict[str, Any] | None:
     """Choose the next change to try: first what leaves the result as it is, a shorter sequence last.
 
-    Args:
-        cfg: The config with the changes so far.
-        column: The engine.
-        limit: What does not fit.
-        tried: Whether another precision of the base has been tried.
+    ``limit`` is what does not fit, ``tried`` whether the base has another precision than the config's already.
     """
     length, pairs = int(cfg.get("sequence_len") or 512), int(cfg.get("micro_batch_size") or 1)
     four, step = bool(cfg.get("load_in_4bit")), limit == "step"
@@ -272,12 +265,6 @@ def _next_change(cfg: Mapping[str, Any], column: str, limit: str, tried: bool) -
         (step and length // 2 >= SHORTEST, {"sequence_len": length // 2}),
     ]
     return next((change for helps, change in changes if helps), None)
-
-
-def two_copies(parameters: int) -> dict[str, float]:
-    """GiB of full fine-tuning in bf16 with a second model as the reference, AdamW's states in bf16 too."""
-    sizes = {"policy": 2 * parameters, "reference": 2 * parameters, "optimizer": 4 * parameters}
-    return {**{part: gib(size) for part, size in sizes.items()}, "total": gib(sum(sizes.values()))}
 
 
 def gib(size: float) -> float:

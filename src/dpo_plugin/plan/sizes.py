@@ -82,17 +82,13 @@ def count(base: Any, model: Any) -> Sizes:
     quantised = {id(module.weight) for module in quantisable(base)}
     lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
     layers = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
-    adapters: dict[str, tuple[int, ...]] = {POLICY: (), REFERENCE: ()}
-    if model is not base:
-        named = list(model.named_parameters())
-        adapters[POLICY] = tuple(p.numel() for _, p in model.policy_parameters())
-        adapters[REFERENCE] = tuple(p.numel() for name, p in named if f".{REFERENCE}." in f"{name}.")
+    adapters = [] if model is base else [(f"{name}.", p.numel()) for name, p in model.adapter_parameters()]
     return Sizes(
         linear=tuple(p.numel() for p in base.parameters() if id(p) in quantised),
         rows=sum(p.shape[0] for p in base.parameters() if id(p) in quantised),
         other=tuple(p.numel() for p in base.parameters() if id(p) not in quantised),
-        policy=adapters[POLICY],
-        reference=adapters[REFERENCE],
+        policy=tuple(size for name, size in adapters if f".{POLICY}." in name),
+        reference=tuple(size for name, size in adapters if f".{REFERENCE}." in name),
         layers=len(layers),
         layer_linear=sum(p.numel() for p in layers[-1].parameters() if id(p) in quantised),
         layer_other=sum(p.numel() for p in layers[-1].parameters() if id(p) not in quantised),

@@ -10,6 +10,9 @@ from rich.table import Table
 from dpo_plugin.engines.config import SHIPPED, may_load_once
 from dpo_plugin.plan.engines import COLUMNS
 
+PEAKS = {"load": "peak of loading", "step": "peak of a step", "host": "host, all ranks"}
+"""What an engine must fit → its row in the table."""
+
 ROWS = (
     "base weights", "reference model", "adapters", "master weights", "gradients", "optimizer", "communication",
     "weight in full", "activations", "working set", "CUDA context",
@@ -17,13 +20,7 @@ ROWS = (
 
 
 def engine_lines(column: str, cfg: Mapping[str, Any], layer_class: str) -> list[str]:
-    """Write the YAML lines that switch a config to another engine.
-
-    Args:
-        column: The engine.
-        cfg: The config.
-        layer_class: Name of the decoder layer's class, which FSDP2 wraps.
-    """
+    """Write the YAML lines that switch a config to another engine; FSDP2 wraps the decoder layers, ``layer_class``."""
     lines = []
     if column.startswith("zero3"):
         moved = ' with "offload_param": {"device": "cpu"} and "offload_optimizer": {"device": "cpu"}'
@@ -50,37 +47,29 @@ def plan_report(plan: Mapping[str, Any]) -> list[Any]:
         if any(sizes):
             table.add_row(part, *(f"{size:.2f}" if size else "" for size in sizes))
     table.add_section()
-    for key, name in (("load_gib", "peak of loading"), ("step_gib", "peak of a step"), ("host_gib", "host, all ranks")):
-        table.add_row(name, *(f"{found[key]:.2f}" for found in known.values()))
+    for limit, name in PEAKS.items():
+        table.add_row(name, *(f"{found[f'{limit}_gib']:.2f}" for found in known.values()))
     table.add_row("fits", *("yes" if found["fits"] else f"no: {found['limit']}" for found in known.values()))
-    return [table, *(line for engine in COLUMNS for line in _engine_report(plan, engine)), *_last_lines(plan)]
+    return [
+        table,
+        *(line for engine in COLUMNS for line in _to_write(plan, engine)),
+        f"{plan['parameters']:,} parameters, {plan['trained_parameters']:,} trained; a forward of at most "
+        f"{plan['tokens_per_forward']:,} tokens; scoring takes "
+        f"{plan['engines'][plan['engine']]['loss_stage_gib']:.2f} GiB of activations and working set.",
+        *(f"Note: {note}." for note in plan["notes"]),
+    ]
 
 
-def _engine_report(plan: Mapping[str, Any], engine: str) -> list[str]:
-    """Whether an engine fits, what limits it, and what to write."""
+def _to_write(plan: Mapping[str, Any], engine: str) -> list[str]:
+    """Whether an engine fits, and the lines that make it."""
     found = plan["engines"][engine]
     name = COLUMNS[engine] + (" (this config)" if engine == plan["engine"] else "")
     if "parts_gib" not in found:
         return [f"{name} does not partition int8 weights. Write: adapter: qlora, load_in_4bit: true"]
-    load, step, host = (f"{found[key]:.1f} GiB" for key in ("load_gib", "step_gib", "host_gib"))
-    said = {
-        None: f"fits, with {load} while loading and {step} in a step",
-        "load": f"does not fit: loading takes {load}",
-        "step": f"does not fit: a step takes {step}, most of it {found['largest_part']}",
-        "host": f"does not fit: the host needs {host} and has {plan['host_memory_gib']:.1f}",
-    }[found["limit"]]
+    said, limit = "fits", found["limit"]
+    if limit:
+        has = plan["host_memory_gib" if limit == "host" else "gpu_memory_gib"]
+        said = f"does not fit: {PEAKS[limit]} {found[f'{limit}_gib']:.1f} of {has:.1f} GiB"
     if found["change"] is None:
         return [f"{name} {said}. None of the changes tried makes it fit: take more GPUs or another engine."]
     return [f"{name} {said}.{' Write:' if found['recipe'] else ''}", *(f"    {line}" for line in found["recipe"])]
-
-
-def _last_lines(plan: Mapping[str, Any]) -> list[str]:
-    """What was counted, and the comparison with two full copies."""
-    two, loss = plan["two_copies_gib"], plan["engines"][plan["engine"]]["loss_stage_gib"]
-    return [
-        f"{plan['parameters']:,} parameters, {plan['trained_parameters']:,} trained; a forward of at most "
-        f"{plan['tokens_per_forward']:,} tokens; scoring takes {loss:.2f} GiB of activations and working set.",
-        f"Two full copies in bf16, with AdamW in bf16: {two['policy']:.0f} + {two['reference']:.0f} + "
-        f"{two['optimizer']:.0f} = {two['total']:.0f} GiB, before gradients and activations.",
-        *(f"Note: {note}." for note in plan["notes"]),
-    ]
