@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpo_plugin.errors import DPOPluginError
-from dpo_plugin.metrics.pair import PreferenceMetric
+from dpo_plugin.metrics.pair import PreferenceMetric, margin
 from dpo_plugin.types import PairLogps
 
 SOURCES_LOGGED = 20
@@ -29,7 +29,7 @@ def pair_columns(logps: PairLogps) -> dict[str, Tensor]:
     return {
         "chosen_reward": logps.chosen_rewards,
         "rejected_reward": logps.rejected_rewards,
-        "margin": logps.chosen_rewards - logps.rejected_rewards,
+        "margin": margin(logps),
         "longer": logps.chosen_tokens - logps.rejected_tokens,
         "chosen_logratio": logps.chosen_logratios / chosen,
         "rejected_logratio": logps.rejected_logratios / rejected,

@@ -37,7 +37,7 @@ FIELDS: dict[str, str] = {
     "lengths/chosen": "Tokens of the preferred answer. A property of the data; should hold.",
     "lengths/rejected": "Tokens of the rejected answer. A property of the data; should hold.",
     "lengths/margin_correlation": "Correlation of the margin with the difference in length, −1 to 1. Should stay "
-    "well below 0.5.",
+    "well below 0.5; above it, length may be what is learned.",
     "lengths/accuracy_chosen_longer": "Accuracy where the preferred answer is the longer one. Should rise.",
     "lengths/accuracy_chosen_shorter": "Accuracy where the preferred answer is the shorter one. Should rise as well.",
     "entropy/chosen": "How undecided the policy is on chosen's tokens, nats per token. Should fall slowly, not to 0.",

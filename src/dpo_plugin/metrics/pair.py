@@ -52,21 +52,6 @@ def needed_by(metrics: Iterable[PreferenceMetric]) -> frozenset[str]:
     return frozenset(quantity for metric in metrics for quantity in getattr(metric, "needs", ()))
 
 
-def chosen_reward(logps: PairLogps) -> Tensor:
-    """β (log π − log π_ref) of chosen, (pairs,); should rise or hold."""
-    return logps.chosen_rewards
-
-
-def rejected_reward(logps: PairLogps) -> Tensor:
-    """β (log π − log π_ref) of rejected, (pairs,); should fall below chosen's."""
-    return logps.rejected_rewards
-
-
-def accuracy(logps: PairLogps) -> Tensor:
-    """1 where chosen's reward is above rejected's, (pairs,); 0 at step 0, where both rewards are 0."""
-    return (logps.chosen_rewards > logps.rejected_rewards).float()
-
-
 def margin(logps: PairLogps) -> Tensor:
     """Chosen's reward minus rejected's, (pairs,)."""
     return logps.chosen_rewards - logps.rejected_rewards
@@ -78,32 +63,10 @@ def length_normalised_margin(logps: PairLogps) -> Tensor:
     return chosen - logps.rejected_logratios / logps.rejected_tokens.clamp(min=1)
 
 
-def negative_margin(logps: PairLogps) -> Tensor:
-    """1 where the margin is below 0, (pairs,); unlike 1 − accuracy it is 0 at step 0. Should fall."""
-    return (margin(logps) < 0).float()
-
-
-def saturated(logps: PairLogps) -> Tensor:
-    """1 where σ(margin) > 0.99, (pairs,): pairs that teach nothing more. Should rise late, if at all."""
-    return (margin(logps) > SATURATED).float()
-
-
-@needs("entropy")
-def chosen_entropy(logps: PairLogps) -> Tensor | None:
-    """Mean entropy of the policy over chosen's completion, (pairs,), nats per token; should fall slowly, not to 0."""
-    return logps.chosen_entropy
-
-
-@needs("entropy")
-def rejected_entropy(logps: PairLogps) -> Tensor | None:
-    """Mean entropy of the policy over rejected's completion, (pairs,), nats per token."""
-    return logps.rejected_entropy
-
-
 TRL_METRICS: Mapping[str, PreferenceMetric] = {
-    "rewards/chosen": chosen_reward,
-    "rewards/rejected": rejected_reward,
-    "rewards/accuracies": accuracy,
+    "rewards/chosen": lambda logps: logps.chosen_rewards,
+    "rewards/rejected": lambda logps: logps.rejected_rewards,
+    "rewards/accuracies": lambda logps: (logps.chosen_rewards > logps.rejected_rewards).float(),
     "rewards/margins": margin,
     "logps/chosen": lambda logps: logps.policy_chosen_logps,
     "logps/rejected": lambda logps: logps.policy_rejected_logps,
@@ -114,8 +77,8 @@ TRL_METRICS: Mapping[str, PreferenceMetric] = {
 
 METRICS: Mapping[str, PreferenceMetric] = {
     **TRL_METRICS,
-    "rewards/negative_margins": negative_margin,
-    "rewards/saturated": saturated,
+    "rewards/negative_margins": lambda logps: (margin(logps) < 0).float(),  # unlike 1 − accuracy 0 at step 0
+    "rewards/saturated": lambda logps: (margin(logps) > SATURATED).float(),
     "logps/chosen_per_token": lambda logps: logps.policy_chosen_logps / logps.chosen_tokens.clamp(min=1),
     "logps/rejected_per_token": lambda logps: logps.policy_rejected_logps / logps.rejected_tokens.clamp(min=1),
     "logratios/chosen": lambda logps: logps.chosen_logratios,
@@ -123,7 +86,7 @@ METRICS: Mapping[str, PreferenceMetric] = {
     "logratios/margin_per_token": length_normalised_margin,
     "lengths/chosen": lambda logps: logps.chosen_tokens,
     "lengths/rejected": lambda logps: logps.rejected_tokens,
-    "entropy/chosen": chosen_entropy,
-    "entropy/rejected": rejected_entropy,
+    "entropy/chosen": needs("entropy")(lambda logps: logps.chosen_entropy),
+    "entropy/rejected": needs("entropy")(lambda logps: logps.rejected_entropy),
 }
-"""All metrics that have one value per pair; in nats, nats per token, or tokens."""
+"""All metrics that have one value per pair; in nats, nats per token, or tokens. `fields` says what each means."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from dpo_plugin.compute.batching import PairCollator, to_pair_batch
@@ -64,23 +65,24 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], options: AnswerOption
         if options.temperature > 0:
             torch.manual_seed(options.seed)
         for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-            ids, mask = pad_left(prompts[start : start + PROMPTS_AT_ONCE], options.pad_token_id)
-            whole = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=True)
-            found += [until_stop(answer, options.stop_ids) for answer in whole[:, ids.shape[1] :].tolist()]
+            some = [torch.tensor(prompt, device=device) for prompt in prompts[start : start + PROMPTS_AT_ONCE]]
+            ids = pad_sequence(some, True, options.pad_token_id, padding_side="left")
+            mask = pad_sequence([torch.ones_like(prompt) for prompt in some], True, padding_side="left")
+            whole = model.generate(input_ids=ids, attention_mask=mask, use_cache=True)
+            found += [_until_stop(answer, options.stop_ids) for answer in whole[:, ids.shape[1] :].tolist()]
     return found
 
 
 @contextmanager
 def _settings(model: Any, options: AnswerOptions) -> Iterator[None]:
     """Replace the model's generation settings; those passed to ``generate`` would be mixed with its own."""
-    drawn = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else {"do_sample": False}
+    drawn = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
     before = model.generation_config
     model.generation_config = GenerationConfig(
         max_new_tokens=options.max_new_tokens,
         eos_token_id=list(options.stop_ids),
         pad_token_id=options.pad_token_id,
-        **drawn,
-        **({"top_k": 0, "top_p": 1.0} if options.temperature > 0 else {}),
+        **(drawn if options.temperature > 0 else {"do_sample": False}),
     )
     try:
         yield
@@ -88,18 +90,9 @@ def _settings(model: Any, options: AnswerOptions) -> Iterator[None]:
         model.generation_config = before
 
 
-def pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Pad prompts on the left: ids and attention mask, (prompts, longest)."""
-    length = max(map(len, prompts))
-    ids = [[pad_token_id] * (length - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids), torch.tensor(mask)
-
-
-def until_stop(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
+def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
     """Cut ids behind the first stop id."""
-    end = next((place + 1 for place, token in enumerate(ids) if token in stop_ids), len(ids))
-    return list(ids[:end])
+    return ids[: next((place + 1 for place, token in enumerate(ids) if token in stop_ids), None)]
 
 
 @dataclass(frozen=True)
@@ -142,9 +135,13 @@ class Sampler:
                 rewards = self.rewards(model, prompts, policy, reference or policy)
         finally:
             model.train(training)
-        if reference is None:
-            return [self._sample(step, *one, None) for one in zip(prompts, policy, rewards, strict=True)]
-        return [self._sample(step, *both) for both in zip(prompts, policy, rewards, reference, strict=True)]
+        samples = []
+        others: Sequence[list[int] | None] = reference or [None] * len(prompts)
+        for prompt, own, other, (first, second) in zip(prompts, policy, others, rewards, strict=True):
+            text = self.tokenizer.decode(prompt)
+            theirs = None if other is None else self._answer(other, second)
+            samples.append(Sample(step, text, self._answer(own, first), theirs, user_turn(text, self.tokenizer)))
+        return samples
 
     def rewards(
         self, model: Any, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]
@@ -168,18 +165,6 @@ class Sampler:
 
     def _reference(self, model: Any, batch: PairBatch) -> Tensor:
         return self.strategy.logps(model, batch, self._forward)
-
-    def _sample(
-        self,
-        step: int | None,
-        prompt: Sequence[int],
-        policy: list[int],
-        rewards: tuple[float, float],
-        reference: list[int] | None,
-    ) -> Sample:
-        other = None if reference is None else self._answer(reference, rewards[1])
-        text = self.tokenizer.decode(prompt)
-        return Sample(step, text, self._answer(policy, rewards[0]), other, user_turn(text, self.tokenizer))
 
     def _answer(self, ids: list[int], reward: float) -> Answer:
         text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()

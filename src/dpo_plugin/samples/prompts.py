@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.types import Message
@@ -50,8 +50,8 @@ def _json_prompt(line: str, where: str) -> str | list[Message]:
         json.dumps(row, ensure_ascii=False).encode()  # JSON can say half a character, which no tokenizer takes
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not JSON: {error}. {form}") from error
-    prompt = row.get("prompt") if isinstance(row, dict) else None
-    messages = row.get("messages") if isinstance(row, dict) else None
+    fields = row if isinstance(row, dict) else {}
+    prompt, messages = fields.get("prompt"), fields.get("messages")
     if isinstance(prompt, str) and prompt.strip() and messages is None:
         return prompt
     if not isinstance(messages, list) or not messages or prompt is not None:
@@ -59,23 +59,17 @@ def _json_prompt(line: str, where: str) -> str | list[Message]:
         raise ConfigError(
             f"{where} has neither a prompt (text) nor messages alone: it has {found or 'nothing'}. {form}"
         )
-    checked = [_message(message, where, form) for message in messages]
-    if checked[-1]["role"] == "assistant":
+    for message in messages:
+        whole = isinstance(message, dict) and isinstance(message.get("content"), str)
+        if not whole or message.get("role") not in _ROLES:
+            said = f"a message without a role ({', '.join(_ROLES)}) and content: {message}"
+            raise ConfigError(f"{where} has {said}. {form}")
+    if messages[-1]["role"] == "assistant":
         raise ConfigError(
             f"{where} ends with the assistant's answer, which is what is to be generated. Write: messages that end "
             "with the user's"
         )
-    return checked
-
-
-def _message(message: Any, where: str, form: str) -> Message:
-    if (
-        not isinstance(message, dict)
-        or message.get("role") not in _ROLES
-        or not isinstance(message.get("content"), str)
-    ):
-        raise ConfigError(f"{where} has a message without a role ({', '.join(_ROLES)}) and content: {message}. {form}")
-    return cast(Message, message)
+    return messages
 
 
 def prompts_of_pairs(rows: Iterable[Mapping[str, Any]], count: int) -> list[list[int]]:

@@ -46,10 +46,6 @@ class Sample:
     reference: Answer | None
     question: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
-
     def row(self) -> list[Any]:
         """Values of `COLUMNS`."""
         other = self.reference
@@ -97,7 +93,7 @@ def append_samples(file: Path, samples: Sequence[Sample]) -> None:
     """Add samples to a file of JSON lines."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as handle:
-        handle.writelines(json.dumps(sample.to_dict(), ensure_ascii=False) + "\n" for sample in samples)
+        handle.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
 
 
 def keep_until(file: Path, step: int) -> None:
