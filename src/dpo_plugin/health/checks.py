@@ -1,6 +1,6 @@
-"""The built-in health checks: each rule with its threshold, window, source and advice; docs/health.md explains them.
+"""The built-in health checks: each with its threshold, window, source and advice.
 
-Thresholds are set so that a run that learns triggers none of them.
+docs/health.md has the rules in words. Thresholds are set so that a run that learns triggers none of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ CHECKS: Mapping[str, Check] = {
     "no_completion_tokens": Check(
         find=sanity.no_completion_tokens,
         severity="error",
-        rule="fewer than one completion token per pair is left of chosen or rejected, or both log-probs are 0",
         threshold=1.0,
         window=3,
         source="a published 72B run whose rows were cut at 32 tokens: log-probs 0, loss 0.6931 throughout",
@@ -28,7 +27,6 @@ CHECKS: Mapping[str, Check] = {
     "pairs_mostly_cut": Check(
         find=sanity.mostly_cut,
         severity="warning",
-        rule="share of the training pairs that are cut or left out because of their length",
         threshold=0.5,
         window=0,
         source="the data audit",
@@ -37,8 +35,6 @@ CHECKS: Mapping[str, Check] = {
     "step_zero_identity": Check(
         find=sanity.step_zero,
         severity="error",
-        rule="policy and reference start from the same weights, but their log-probs at step 1 (evaluation: 0) differ "
-        "by more nats",
         threshold=0.5,
         window=0,
         source=f"{DPO}, eq. 7: every reward is 0 while policy = reference",
@@ -47,7 +43,6 @@ CHECKS: Mapping[str, Check] = {
     "not_finite": Check(
         find=sanity.not_finite,
         severity="error",
-        rule="NaN or infinity in loss, log-probs or rewards, or more than once in the gradient norm",
         threshold=2.0,
         window=0,
         source="IEEE 754; one skipped overflow is normal under fp16 loss scaling (Micikevicius et al. 2018, arXiv "
@@ -57,7 +52,6 @@ CHECKS: Mapping[str, Check] = {
     "gradient_vanished": Check(
         find=sanity.gradient_vanished,
         severity="error",
-        rule="the gradient norm stays below it",
         threshold=1e-7,
         window=5,
         source=f"{DPO}, section 4: the gradient is β σ(−margin) times that of the log-probs, and 0 only if no token or "
@@ -67,7 +61,6 @@ CHECKS: Mapping[str, Check] = {
     "gradient_exploded": Check(
         find=sanity.gradient_exploded,
         severity="warning",
-        rule="in most of the window the gradient norm is more than this many times its maximum in the first ten lines",
         threshold=10.0,
         window=5,
         source=f"{DPO}, section 4: the weight σ(−margin) starts at 1/2 and cannot pass 1, so it can at most double the "
@@ -77,8 +70,6 @@ CHECKS: Mapping[str, Check] = {
     "loss_diverged": Check(
         find=learning.loss_diverged,
         severity="error",
-        rule="the mean loss over what it was at first: ln 2 for the sigmoid loss from policy = reference, otherwise "
-        "the mean of the first five lines",
         threshold=1.5,
         window=10,
         source=f"{DPO}, eq. 7: where policy and reference agree the loss is ln 2, so 1.5 times that is worse than not "
@@ -89,7 +80,6 @@ CHECKS: Mapping[str, Check] = {
     "loss_at_ln2": Check(
         find=learning.loss_at_ln2,
         severity="error",
-        rule="the sigmoid loss is closer to ln 2 (nats) after 15 % of the steps, or equal to four digits in 8 lines",
         threshold=learning.AT_LN2,
         window=20,
         source=f"{DPO}, eq. 7: −log σ(0) = ln 2, so policy and reference still agree on every pair",
@@ -98,7 +88,6 @@ CHECKS: Mapping[str, Check] = {
     "margin_not_rising": Check(
         find=learning.margin_not_rising,
         severity="warning",
-        rule="after a quarter of the steps the mean margin is less than this many standard errors above 0",
         threshold=2.0,
         window=20,
         source=f"{DPO}, section 4: a step raises the margin of its own pairs",
@@ -108,7 +97,6 @@ CHECKS: Mapping[str, Check] = {
     "accuracy_at_chance": Check(
         find=learning.accuracy_at_chance,
         severity="warning",
-        rule="after a third of the steps the held-out accuracy is below it (lower for small sets) at each evaluation",
         threshold=0.55,
         window=2,
         source="chance gives 0.5; 0.6 must be a standard error away, √(1/4n)",
@@ -118,7 +106,6 @@ CHECKS: Mapping[str, Check] = {
     "likelihood_displacement": Check(
         find=learning.likelihood_displacement,
         severity="warning",
-        rule="chosen has lost more nats per token since step 0, and rejected has fallen too",
         threshold=0.7,
         window=20,
         source=f"{RAZIN}; ln 2 ≈ 0.7 nats halve the probability of every token",
@@ -129,9 +116,6 @@ CHECKS: Mapping[str, Check] = {
     "overfitting": Check(
         find=learning.overfitting,
         severity="warning",
-        rule="training accuracy is at least 0.95 while the held-out loss is above its minimum at the last two "
-        "evaluations, by this share at the last, or by half of it after four rises in a row, and the held-out accuracy "
-        "is no better by a standard error, √(1/4n)",
         threshold=0.1,
         window=20,
         source="Azar et al. 2023, arXiv 2310.12036, section 4.2: where preferences are all but certain, β no longer "
@@ -142,8 +126,6 @@ CHECKS: Mapping[str, Check] = {
     "length_exploitation": Check(
         find=learning.length_exploitation,
         severity="warning",
-        rule="correlation of margin and length difference above it, accuracy at most 0.45 where chosen is the shorter "
-        "answer and at least 0.6 where it is the longer",
         threshold=0.5,
         window=20,
         source=PARK,
@@ -153,7 +135,6 @@ CHECKS: Mapping[str, Check] = {
     "saturated_pairs": Check(
         find=learning.saturated,
         severity="warning",
-        rule="share of pairs with σ(margin) > 0.99 while a quarter of the steps is still to come",
         threshold=0.9,
         window=20,
         source=f"{DPO}, section 4: such a pair's gradient is below a fiftieth of what it was at step 0",
@@ -162,7 +143,6 @@ CHECKS: Mapping[str, Check] = {
     "quantised_rewards": Check(
         find=sanity.quantised,
         severity="warning",
-        rule="no reward of the window has more binary digits",
         threshold=12.0,
         window=10,
         source="bf16 keeps 8 binary digits: 2 nats between neighbouring log-probs at 300 nats",
@@ -172,8 +152,6 @@ CHECKS: Mapping[str, Check] = {
     "learning_rate_below_precision": Check(
         find=sanity.rate_below_precision,
         severity="warning",
-        rule="after ten steps at the peak rate a smaller share of the values that the optimizer updates, embeddings "
-        "aside, is not what it was at the start",
         threshold=0.5,
         window=1,
         source="an AdamW update is about as large as the learning rate (Kingma & Ba 2014, arXiv 1412.6980, section "
@@ -185,7 +163,6 @@ CHECKS: Mapping[str, Check] = {
     "reference_drift": Check(
         find=sanity.reference_drift,
         severity="error",
-        rule="the log-prob of the held-out data under a fixed reference changes by this share",
         threshold=0.01,
         window=2,
         source=f"{DPO}, eq. 7: π_ref is a constant",

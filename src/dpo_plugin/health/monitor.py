@@ -36,8 +36,7 @@ class Check:
     Attributes:
         find: The rule; it reads no more of the run than ``window`` lines, so its cost does not grow with the run.
         severity: How bad it is.
-        rule: The rule in words.
-        threshold: The number that the rule compares with, in the unit that ``rule`` names.
+        threshold: The number that the rule compares with, in the unit that docs/health.md names.
         window: How many of the last log lines the rule looks at; 0 if it looks at none.
         source: Where the rule or its threshold comes from.
         advice: What to change, in sentences.
@@ -45,7 +44,6 @@ class Check:
 
     find: Callable[[History, Check], Symptom | None]
     severity: Severity
-    rule: str
     threshold: float
     window: int
     source: str

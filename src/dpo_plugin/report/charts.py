@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,19 +55,6 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """How single values lie, drawn as a histogram.
-
-    Attributes:
-        label: Its name in the legend.
-        values: The values.
-    """
-
-    label: str
-    values: Sequence[float]
-
-
-@dataclass(frozen=True)
 class Chart:
     """One drawing.
 
@@ -80,7 +67,7 @@ class Chart:
         log: Whether the vertical axis is logarithmic.
         marks: Number of a finding → its first and last step.
         last: The last step of the run, where every chart's axis ends.
-        spreads: Histograms over one axis instead of lines over steps.
+        spreads: Name in the legend → values, drawn as histograms over one axis instead of lines over steps.
         span: Least and greatest value on the axis of histograms that are to be compared.
     """
 
@@ -92,35 +79,33 @@ class Chart:
     log: bool = False
     marks: Mapping[int, tuple[int, int]] | None = None
     last: int = 0
-    spreads: Sequence[Spread] = ()
+    spreads: Mapping[str, Sequence[float]] = field(default_factory=dict)
     span: tuple[float, float] | None = None
 
 
-def thinned(series: Series, buckets: int = BUCKETS) -> Values:
+def thinned(series: Series) -> Values:
     """Thin out a series to the least and the greatest value of each stretch of steps, so that a spike stays."""
     steps, values = as_arrays(series)
-    if len(values) <= 2 * buckets:
+    if len(values) <= 2 * BUCKETS:
         return steps, values
-    parts = np.array_split(np.arange(len(values)), buckets)
+    parts = np.array_split(np.arange(len(values)), BUCKETS)
     picked = sorted({int(part[place(values[part])]) for part in parts for place in (np.argmin, np.argmax)})
     return steps[picked], values[picked]
 
 
-def smoothed(series: Series, buckets: int = BUCKETS) -> Values:
+def smoothed(series: Series) -> Values:
     """Compute a running mean over a thirtieth of the points, at as many points as are drawn."""
     steps, values = as_arrays(series)
     width = max(2, len(values) // 30)
     total = np.concatenate([[0.0], np.cumsum(values)])
-    at = np.unique(np.linspace(0, len(values) - 1, min(len(values), buckets)).astype(int))
+    at = np.unique(np.linspace(0, len(values) - 1, min(len(values), BUCKETS)).astype(int))
     low, high = np.maximum(at - width // 2, 0), np.minimum(at + width // 2 + 1, len(values))
     return steps[at], (total[high] - total[low]) / (high - low)
 
 
 def as_arrays(series: Series) -> Values:
     """Steps and values without a copy."""
-    if not len(series):
-        return np.empty(0, dtype=np.int64), np.empty(0)
-    return np.frombuffer(series.steps, dtype=np.int64), np.frombuffer(series.values)
+    return np.asarray(series.steps), np.asarray(series.values)
 
 
 def to_svg(chart: Chart) -> str:
@@ -162,14 +147,14 @@ def draw(chart: Chart) -> Figure:
 def _draw_spreads(axes: Axes, chart: Chart) -> None:
     if not chart.spreads:
         return
-    every = [value for spread in chart.spreads for value in spread.values]
+    every = [value for values in chart.spreads.values() for value in values]
     low, high = chart.span or (min(every), max(every))
     margin = 0.02 * (high - low) or 0.5
     edges = np.linspace(low - margin, high + margin, BINS + 1)
-    for spread, colour in zip(chart.spreads, _COLOURS, strict=False):
-        shares, _ = np.histogram(spread.values, edges)
-        axes.stairs(shares / max(1, len(spread.values)), edges, color=colour, fill=True, alpha=0.25)
-        axes.stairs(shares / max(1, len(spread.values)), edges, color=colour, label=spread.label)
+    for (label, values), colour in zip(chart.spreads.items(), _COLOURS, strict=False):
+        shares = np.histogram(values, edges)[0] / max(1, len(values))
+        axes.stairs(shares, edges, color=colour, fill=True, alpha=0.25)
+        axes.stairs(shares, edges, color=colour, label=label)
 
 
 def _constant(chart: Chart) -> float | None:

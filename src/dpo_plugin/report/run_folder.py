@@ -26,7 +26,7 @@ class RunRecord:
         findings: What the health checks found, errors first.
         config: The run's settings, flat or nested, for reading.
         samples: Rows with ``prompt``, ``policy`` and ``reference``, and whatever else is to be shown.
-        rewards: As `dpo_plugin.report.spreads.reward_charts` takes them.
+        rewards: As `dpo_plugin.report.panels.reward_charts` takes them.
         read: The file that the log comes from.
         notes: What was missing or damaged, in sentences.
     """

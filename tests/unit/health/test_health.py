@@ -400,8 +400,10 @@ def test_every_check_is_explained_in_the_documentation(name: str):
     text = (ROOT / "docs/health.md").read_text(encoding="utf-8")
     row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
     check = CHECKS[name]
+    assert f"| {check.severity} |" in row
     assert f"| {check.threshold:g} |" in row
     assert f"| {check.window or '–'} |" in row
+    assert f"| {check.source} |" in row
 
 
 def test_the_check_in_the_documentation_works():
