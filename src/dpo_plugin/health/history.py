@@ -6,6 +6,7 @@ import math
 from array import array
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -17,14 +18,12 @@ Points = Sequence[tuple[int, float]]
 """(step, value) pairs of a series."""
 
 
+@dataclass(slots=True, eq=False)
 class Series:
     """Finite values of one logged field by step, 16 bytes each, so that a hundred thousand lines fit."""
 
-    __slots__ = ("steps", "values")
-
-    def __init__(self) -> None:
-        self.steps = array("q")
-        self.values = array("d")
+    steps: array[int] = field(default_factory=lambda: array("q"))
+    values: array[float] = field(default_factory=lambda: array("d"))
 
     def __len__(self) -> int:
         return len(self.values)
@@ -54,7 +53,6 @@ class History:
     that was never logged is an empty series.
 
     Args:
-        facts: What is known of the run.
         audits: Values of `dpo_plugin.data.audit.Audit.to_dict` of the training data.
 
     Attributes:

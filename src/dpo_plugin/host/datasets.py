@@ -29,7 +29,7 @@ from dpo_plugin.host.log import LOG
 from dpo_plugin.host.settings import PREFIX, RunSettings
 from dpo_plugin.host.templates import renderer_of
 from dpo_plugin.registry import get_registry
-from dpo_plugin.report.run_files import AUDIT
+from dpo_plugin.report.run_folder import AUDIT
 from dpo_plugin.types import PreferencePair
 
 

@@ -33,9 +33,9 @@ FIELDS: dict[str, str] = {
     "logratios/margin_per_token": "Margin in nats per token, before β. Should rise; if only the margin rises, length "
     "is being learned.",
     "logits/chosen": "Mean logit over the tokens of chosen. Should drift slowly.",
-    "logits/rejected": "Mean logit over the tokens of rejected. Should drift slowly.",
+    "logits/rejected": "Mean logit over the tokens of rejected. Should drift as chosen's does.",
     "lengths/chosen": "Tokens of the preferred answer. A property of the data; should hold.",
-    "lengths/rejected": "Tokens of the rejected answer. A property of the data; should hold.",
+    "lengths/rejected": "Tokens of the rejected answer. Should hold as well.",
     "lengths/margin_correlation": "Correlation of the margin with the difference in length, −1 to 1. Should stay "
     "well below 0.5; above it, length may be what is learned.",
     "lengths/accuracy_chosen_longer": "Accuracy where the preferred answer is the longer one. Should rise.",
@@ -63,10 +63,10 @@ FIELDS: dict[str, str] = {
 
 def explain(name: str) -> str:
     """Look up the sentence of a logged field; empty for one that is not ours."""
-    held_out = name.startswith("eval_")
     bare = name.removeprefix("eval_")
     sentence = FIELDS.get(bare, "")
     if not sentence and bare.count("/") > 1:
-        group, source = "/".join(bare.split("/")[:2]), "/".join(bare.split("/")[2:])
-        sentence = f"Of the source {source} alone: {FIELDS[group]}" if group in FIELDS else ""
-    return f"Held-out data: {sentence[0].lower()}{sentence[1:]}" if held_out and sentence else sentence
+        kind, measure, source = bare.split("/", 2)
+        group = FIELDS.get(f"{kind}/{measure}")
+        sentence = f"Of the source {source} alone: {group}" if group else ""
+    return f"Held-out data: {sentence[0].lower()}{sentence[1:]}" if sentence and bare != name else sentence

@@ -37,8 +37,6 @@ class Line:
     """One curve.
 
     Attributes:
-        label: Its name in the legend.
-        series: Its values.
         held_out: Whether it comes from evaluations; drawn with dots.
         band: Lower and upper bound of an area that is shaded around it.
         colour: Which of the six colours; None for that of its place in the chart.
@@ -60,7 +58,6 @@ class Chart:
 
     Attributes:
         key: Its anchor in the page.
-        title: A few words.
         caption: What it shows and what it should do.
         lines: At most six; none in a chart of spreads.
         level: A horizontal line with its name, e.g. ln 2.
@@ -185,13 +182,13 @@ def _draw_line(axes: Axes, line: Line, colour: str) -> None:
         low, high = (smoothed(side) if len(side) > SMOOTHED_FROM else as_arrays(side) for side in line.band)
         if len(low[0]) == len(high[0]):
             axes.fill_between(low[0], low[1], high[1], color=colour, alpha=0.14, linewidth=0, label="p10 to p90")
+    many = len(line.series) > SMOOTHED_FROM
     if line.held_out or line.layer:
         dots = {"marker": "o", "markersize": 3.2} if line.held_out else {}
         looks = _LAYERS[(line.layer - 1) % len(_LAYERS)] if line.layer else {"linewidth": 1.2}
-        shown = (steps, values) if line.held_out or len(line.series) <= SMOOTHED_FROM else smoothed(line.series)
+        shown = smoothed(line.series) if many and not line.held_out else (steps, values)
         axes.plot(*shown, color=colour, label=line.label, **{**dots, **looks})
         return
-    many = len(line.series) > SMOOTHED_FROM
     axes.plot(steps, values, color=colour, linewidth=0.6 if many else 1.4, alpha=0.35 if many else 1.0,
               label=None if many else line.label)  # fmt: skip
     if many:

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from dpo_plugin.report.charts import Chart, to_svg
+from dpo_plugin.report.charts import to_svg
 
 
 @cache
@@ -20,22 +20,14 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    environment.filters |= {function.__name__: function for function in (number, percent, shown, prose, sentence, svg)}
+    environment.filters |= {function.__name__: function for function in (number, percent, shown, prose, sentence)}
+    environment.filters["svg"] = lambda chart: Markup(to_svg(chart))  # matplotlib escapes what it writes
     return environment
 
 
 def page(**content: Any) -> str:
-    """A whole HTML page that needs no network; every value is escaped but `Markup`.
-
-    Args:
-        content: What report.html.jinja names.
-    """
+    """A whole HTML page that needs no network, from what report.html.jinja names; all is escaped but `Markup`."""
     return _environment().get_template("report.html.jinja").render(content) + "\n"
-
-
-def svg(chart: Chart) -> Markup:
-    """A chart as an SVG element; matplotlib escapes what it writes."""
-    return Markup(to_svg(chart))
 
 
 def prose(text: str) -> Markup:
@@ -65,9 +57,7 @@ def percent(share: Any) -> str:
 
 def shown(value: Any, name: str) -> str:
     """A value under its name: accuracies as a share of a hundred, other numbers in three digits, text as it is."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return percent(value) if "accurac" in name else number(value)
-    return "–" if value is None else str(value)
+    return percent(value) if "accurac" in name else number(value)
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -19,11 +19,7 @@ from dpo_plugin.report.run_folder import RunRecord
 
 
 def write_report(runs: Sequence[RunRecord], path: str | Path) -> Path:
-    """Write the report of one run, or of several with a comparison.
-
-    Args:
-        runs: As `dpo_plugin.report.run_folder.read_run` gives them.
-        path: The HTML file to write.
+    """Write the report of one run, or of several with a comparison, to an HTML file.
 
     Raises:
         DataError: If there is no run.
@@ -64,7 +60,8 @@ def verdict(run: RunRecord) -> tuple[str, str]:
     warnings = len(run.findings) - errors
     if errors:
         more = f", and {_count(warnings, 'thing')} to look at" if warnings else ""
-        return "error", f"{_count(errors, 'fault')}: do not use this adapter before {_it(errors)} understood{more}."
+        they_are = "they are" if errors > 1 else "it is"
+        return "error", f"{_count(errors, 'fault')}: do not use this adapter before {they_are} understood{more}."
     if warnings:
         return "warning", f"No fault, but {_count(warnings, 'thing')} to look at."
     if "rewards/margins" not in run.history and "eval_rewards/margins" not in run.history:
@@ -74,10 +71,6 @@ def verdict(run: RunRecord) -> tuple[str, str]:
 
 def _count(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count > 1)}"
-
-
-def _it(count: int) -> str:
-    return "they are" if count > 1 else "it is"
 
 
 def _course(history: History) -> str:

@@ -40,13 +40,12 @@ def about(run: RunRecord) -> dict[str, str]:
 
 def fields(history: History) -> list[dict[str, str]]:
     """Every logged field with its last values and what it means."""
-    return [_field(history, name) for name in sorted({name.removeprefix("eval_") for name in history.names()})]
-
-
-def _field(history: History, name: str) -> dict[str, str]:
-    values = {"": last(history, name), "held out ": last(history, f"eval_{name}")}
-    written = ", ".join(f"{which}{shown(value, name)}" for which, value in values.items() if value is not None)
-    return {"name": name, "figures": written, "sentence": explain(name) or explain(f"eval_{name}")}
+    found = []
+    for name in sorted({name.removeprefix("eval_") for name in history.names()}):
+        values = {"": last(history, name), "held out ": last(history, f"eval_{name}")}
+        written = ", ".join(f"{which}{shown(value, name)}" for which, value in values.items() if value is not None)
+        found.append({"name": name, "figures": written, "sentence": explain(name)})
+    return found
 
 
 def data_set(audit: Mapping[str, Any]) -> dict[str, Any]:

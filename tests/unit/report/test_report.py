@@ -36,8 +36,7 @@ from dpo_plugin.report.charts import (
 from dpo_plugin.report.page import number
 from dpo_plugin.report.panels import MARKED_ON, PANELS, charts, comparison, ranked, reward_charts
 from dpo_plugin.report.report import verdict, write_report
-from dpo_plugin.report.run_files import LOG, RUN, SAMPLES, STATE, log_text
-from dpo_plugin.report.run_folder import read_run
+from dpo_plugin.report.run_folder import LOG, RUN, SAMPLES, STATE, log_text, read_run
 from dpo_plugin.report.shown import shown_settings, shown_text
 from dpo_plugin.types import Finding
 from tests.unit.health.test_health import recorded

@@ -20,8 +20,8 @@ from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.metrics.adapter_norms import whole_size
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel
 from dpo_plugin.registry import get_registry
-from dpo_plugin.report.run_files import AUDIT, RUN, log_text, objects, read_json
-from dpo_plugin.report.run_files import LOG as LOG_FILE
+from dpo_plugin.report.run_folder import AUDIT, RUN, log_text, objects, read_json, read_run
+from dpo_plugin.report.run_folder import LOG as LOG_FILE
 from dpo_plugin.report.shown import shown_text
 from dpo_plugin.types import Finding, RunFacts
 
@@ -99,7 +99,6 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         if not self.report or not self.trainer.is_world_process_zero():
             return
         from dpo_plugin.report.report import write_report
-        from dpo_plugin.report.run_folder import read_run
 
         try:
             LOG.info(f"dpo_plugin: report: {write_report([read_run(self.folder)], self.folder / 'report.html')}")

@@ -17,7 +17,7 @@ from dpo_plugin.host.batches import named_datasets
 from dpo_plugin.host.callbacks import RunningTrainer
 from dpo_plugin.host.log import may_fail
 from dpo_plugin.host.templates import KEY, check_rendered_as_trained, refusal, render_prompt, renderer_of
-from dpo_plugin.report.run_files import SAMPLES
+from dpo_plugin.report.run_folder import SAMPLES
 from dpo_plugin.samples import records
 from dpo_plugin.samples.generate import AnswerOptions, Sampler
 from dpo_plugin.samples.prompts import prompts_of_pairs, read_prompts

@@ -12,7 +12,7 @@ import yaml
 from dpo_plugin.data.audit import audit_lines
 from dpo_plugin.host.callbacks import RunningTrainer
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel
-from dpo_plugin.report.run_files import AUDIT, objects, read_json
+from dpo_plugin.report.run_folder import AUDIT, objects, read_json
 
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 
