@@ -64,12 +64,9 @@ def loss_at_ln2(history: History, check: Check) -> Symptom | None:
     if not tail:
         return None
     message = f"the loss stays at ln 2 = 0.6931 (mean {mean(tail):.4f} of the last {len(tail)} log lines)"
-    return Symptom(tail[0][0], message, {"loss": mean(tail)}, _higher_rate(history))
-
-
-def _higher_rate(history: History) -> str:
     usual = 5e-7 if (history.facts.trainable_share or 0) > 0.5 else 1e-5
-    return f"learning_rate: {max(10 * history.rate(), usual):.1g}"
+    suggestion = f"learning_rate: {max(10 * history.rate(), usual):.1g}"
+    return Symptom(tail[0][0], message, {"loss": mean(tail)}, suggestion)
 
 
 def _lines_at_ln2(history: History, window: int, threshold: float) -> Points:
@@ -213,6 +210,5 @@ def saturated(history: History, check: Check) -> Symptom | None:
         f"{mean(tail):.0%} of the pairs have σ(margin) > 0.99 and give no gradient any more, "
         f"with {1 - progress:.0%} of the steps to go"
     )
-    epochs = history.facts.epochs or 1
-    suggestion = "num_epochs: 1" if epochs > 1 else scaled_rate(history, 0.5)
+    suggestion = "num_epochs: 1" if (history.facts.epochs or 1) > 1 else scaled_rate(history, 0.5)
     return Symptom(tail[0][0], message, {"rewards/saturated": mean(tail)}, suggestion)

@@ -11,6 +11,9 @@ from dpo_plugin.types import Finding, Severity
 
 HealthCheck = Callable[[History], Finding | None]
 
+STOPS = 200
+"""How often a finished run is checked, at evenly spaced lines; a brief fault may fall between two of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Symptom:
@@ -72,12 +75,10 @@ class HealthMonitor:
     """Run health checks on a growing history and keep their findings.
 
     Args:
-        checks: Name → health check.
         history: The run so far; its lines are checked with the next one.
         owner: Name of a check → who registered it, for the finding about a check that fails.
 
     Attributes:
-        history: The run so far.
         findings: Check → its latest finding, with the first and last step at which it was so.
     """
 
@@ -145,22 +146,10 @@ def replay(
     history: History,
     lines: Sequence[Mapping[str, Any]],
     owner: Callable[[str], str] = lambda _: "dpo_plugin",
-    stops: int = 200,
 ) -> list[Finding]:
-    """Run the checks on a finished run at evenly spaced lines, on what had been logged until then.
-
-    Args:
-        checks: Name → health check.
-        history: Without lines; all of them are added to it.
-        lines: All logged lines.
-        owner: As in `HealthMonitor`.
-        stops: How often the checks are run; a brief fault may fall between two of them.
-
-    Returns:
-        The findings, worst and earliest first.
-    """
+    """Add a finished run's lines to an empty history and check it on the way; findings are as `in_order` sorts them."""
     monitor = HealthMonitor(checks, history, owner)
-    every = max(1, len(lines) // stops)
+    every = max(1, len(lines) // STOPS)
     for number, line in enumerate(lines, 1):
         history.add(line)
         if number % every == 0 or number == len(lines):

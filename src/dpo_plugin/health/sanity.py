@@ -152,9 +152,6 @@ def rate_below_precision(history: History, check: Check) -> Symptom | None:
     return Symptom(step, message, {"weights/changed": share, "learning_rate": history.rate()}, suggestion)
 
 
-_SAFE_REFERENCE = "dpo_plugin: {reference: {strategy: adapter}}"
-
-
 def reference_drift(history: History, check: Check) -> Symptom | None:
     """The reference's log-prob of the same held-out data over time."""
     # log π_ref of the held-out chosen completions, which are the same at each evaluation.
@@ -166,4 +163,5 @@ def reference_drift(history: History, check: Check) -> Symptom | None:
     if abs(last - first) <= check.threshold * max(abs(first), 1.0):
         return None
     message = f"the reference's log-probability of the held-out data was {first:.4g} nats and is {last:.4g}"
-    return Symptom(policy.steps[-1], message, {"first": first, "last": last}, _SAFE_REFERENCE)
+    suggestion = "dpo_plugin: {reference: {strategy: adapter}}"
+    return Symptom(policy.steps[-1], message, {"first": first, "last": last}, suggestion)

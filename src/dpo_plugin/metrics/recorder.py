@@ -54,15 +54,7 @@ class Throughput:
 
 
 class MetricRecorder:
-    """Collects metrics from forwards, and averages them for a log line.
-
-    Args:
-        accelerator: Reduces and gathers over ranks.
-        metrics: Name → metric.
-        owner: Name of a metric → who registered it, for errors.
-        adapter_norms: Knows the adapter as it was attached.
-        starts_as_reference: Whether policy and reference have the same weights before the first step.
-    """
+    """Collects metrics from forwards, and averages them over ranks for a log line; arguments as of `MetricMeans`."""
 
     def __init__(
         self,
@@ -79,14 +71,7 @@ class MetricRecorder:
         self._rewards: dict[str, dict[str, tuple[int, Tensor]]] = {}
 
     def add(self, logps: PairLogps, batch: PairBatch, fresh: bool, training: bool) -> None:
-        """Add a batch.
-
-        Args:
-            logps: The pairs that count.
-            batch: What was forwarded.
-            fresh: Whether the reference was run for it.
-            training: Whether it was trained on, rather than evaluated.
-        """
+        """Add the pairs that count of a forwarded batch; ``fresh``: the reference was run for it."""
         self._means["train" if training else "eval"].update(logps)
         if training:
             self._throughput.add(batch, fresh)

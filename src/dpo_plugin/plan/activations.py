@@ -77,11 +77,6 @@ class Activations:
     backward: int
     loss: int
 
-    @property
-    def working(self) -> int:
-        """The most above ``kept`` at one moment."""
-        return max(self.forward, self.backward, 0)
-
 
 class LiveBytes(TorchDispatchMode):
     """Adds up the storages that operations make while they live; existing ones do not count."""
@@ -156,11 +151,8 @@ class PlannedModel:
 def run_on_fakes(model: Any, step: Step) -> Activations:
     """Run policy forward, reference forward, loss and backward of one micro-batch on fake tensors.
 
-    Gradients exist beforehand, as from the second micro-step on, so that only what comes and goes is counted.
-
-    Args:
-        model: From `on_meta`; its parameters are replaced.
-        step: The step.
+    Gradients exist beforehand, as from the second micro-step on, so that only what comes and goes is counted. The
+    model is one of `on_meta`, and its parameters are replaced.
     """
     base = model.get_base_model() if isinstance(model, PolicyReferenceModel) else model
     attention.register()

@@ -68,14 +68,7 @@ def this_machine() -> Machine:
 
 
 class Planner:
-    """Plans one config and variants of it.
-
-    Args:
-        cfg: The YAML.
-        path: Its file, for messages.
-        machine: What there is.
-        settings: The ``dpo_plugin`` section, where it has been read.
-        engine: The config's engine, where it has been read.
+    """Plans one config and variants of it; ``settings`` and ``engine`` are the config's, where they have been read.
 
     Raises:
         ConfigError: If the config shows that it cannot run.
@@ -153,7 +146,7 @@ class Planner:
                 f"`base_model: {cfg.get('base_model')}` ({self.config.model_type}) does not run without data: {error}. "
                 "Write: attn_implementation: eager"
             ) from error
-        working = max(found.working, held.update - found.kept)
+        working = max(found.forward, found.backward, held.update - found.kept, 0)
         parts = {**held.parts, "activations": found.kept, "working set": working, "CUDA context": CONTEXT}
         host = held.host + self.machine.gpus * PROCESS
         return MemoryNeed(parts, found.loss, held.load + CONTEXT, sum(parts.values()), host)

@@ -48,12 +48,8 @@ class AnswerOptions:
 def generate(model: Any, prompts: Sequence[Sequence[int]], options: AnswerOptions) -> list[list[int]]:
     """Answer prompts, with the token that ended each; the model's own sampling defaults are not used.
 
-    The run's random numbers stay as they are: greedy answers draw none, others draw from a state of their own.
-
-    Args:
-        model: A model with ``generate``, in eval mode.
-        prompts: Token ids of each prompt.
-        options: How answers are generated.
+    The run's random numbers stay as they are: greedy answers draw none, others draw from a state of their own. The
+    model is in eval mode.
 
     Returns:
         Token ids per prompt; the last one is a stop id unless the answer was cut at ``max_new_tokens``.
@@ -100,10 +96,6 @@ class Sampler:
     """Lets policy and reference answer, one after the other on the same base model.
 
     Attributes:
-        strategy: The reference.
-        tokenizer: Decodes ids.
-        options: How answers are generated.
-        beta: β.
         flat: Whether the model's attention is that of the flat layout.
         chunk: Completion tokens whose logits are held at a time when answers are scored.
     """
@@ -116,14 +108,10 @@ class Sampler:
     chunk: int | None = None
 
     def __call__(self, model: Any, prompts: Sequence[Sequence[int]], step: int | None = None) -> list[Sample]:
-        """Answer each prompt twice and score both answers.
+        """Answer each prompt twice, as policy and as reference, and score both answers.
 
-        The model is put into eval mode, in which transformers checkpoints no layer and keeps its cache, and put back.
-
-        Args:
-            model: The policy, not wrapped by an engine.
-            prompts: Token ids of each prompt.
-            step: Optimizer steps done.
+        The policy, which no engine wraps, is put into eval mode, in which transformers checkpoints no layer and keeps
+        its cache, and put back.
         """
         training = model.training
         model.eval()

@@ -84,14 +84,9 @@ def prompts_of_pairs(rows: Iterable[Mapping[str, Any]], count: int) -> list[list
 
 
 def user_turn(prompt: str, tokenizer: Any) -> str | None:
-    """Find the user's last turn in a rendered prompt, by what the chat template writes around such a turn.
+    """Find the user's last turn in a rendered prompt, by what the tokenizer's chat template writes around such a turn.
 
-    Args:
-        prompt: The prompt as the model reads it.
-        tokenizer: Has the chat template.
-
-    Returns:
-        The text, or None if there is no template or the prompt does not end as the template ends one.
+    None if there is no template, or the prompt does not end as the template ends one.
     """
     one, other, next_one = "\x00one\x00", "\x00other\x00", "\x00next\x00"
     user, assistant = {"role": "user", "content": one}, {"role": "assistant", "content": other}

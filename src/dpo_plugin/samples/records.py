@@ -97,12 +97,7 @@ def append_samples(file: Path, samples: Sequence[Sample]) -> None:
 
 
 def keep_until(file: Path, step: int) -> None:
-    """Remove what an earlier run wrote after a step, so that a resumed run writes each step once.
-
-    Args:
-        file: The file of JSON lines; it may be missing.
-        step: Optimizer steps done; 0 empties the file.
-    """
+    """Remove what an earlier run wrote after a step, so that a resumed run has each step once; 0 empties it."""
     if not file.is_file():
         return
     lines = file.read_text(encoding="utf-8").split("\n")
