@@ -10,6 +10,6 @@ from dpo_plugin.data.stored import FEATURES
 
 
 def in_memory(preparation: Preparation) -> tuple[Dataset, Audit]:
-    audit = Audit(preparation.config_key, preparation.source.path)
+    audit = Audit()
     table = pa.Table.from_batches(preparation.batches(audit), FEATURES.arrow_schema)
     return Dataset(InMemoryTable(table)), audit

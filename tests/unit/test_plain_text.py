@@ -54,13 +54,14 @@ def test_in_the_audit(tokenizer, tmp_path):
 
 
 def test_in_the_audit_of_an_older_run():
-    audit = Audit("datasets[0]", HOSTILE)
+    audit = Audit()
     audit.kept.update({HOSTILE: 1, "b": 1})
-    assert not [line for line in audit_lines([audit.to_dict()]) if any(char in line for char in [*OBEYED, "\n"])]
+    older = {"where": "datasets[0]", "path": HOSTILE, **audit.to_dict()}
+    assert not [line for line in audit_lines([older]) if any(char in line for char in [*OBEYED, "\n"])]
 
 
 def test_a_long_message_is_cut():
-    audit = Audit("datasets[0]", "rows")
+    audit = Audit()
     audit.leave_out(1, "", "malformed", "x" * 1_000_000)
     assert len(audit.examples[0]["message"]) == 200
 

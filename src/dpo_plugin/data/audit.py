@@ -37,8 +37,6 @@ class Audit:
     """Counts of one data set, collected while it is prepared.
 
     Attributes:
-        where: The config key of the data set, e.g. ``datasets[0]``.
-        path: What it was read from.
         read: Rows read.
         left_out: Reason → source → rows.
         cut: Source → rows of which something was cut.
@@ -49,8 +47,6 @@ class Audit:
         full_lengths: Prompt + longer completion in tokens of each pair before any was cut or left out for length.
     """
 
-    where: str
-    path: str
     read: int = 0
     left_out: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     cut: Counter[str] = field(default_factory=Counter)
@@ -73,8 +69,6 @@ class Audit:
     def to_dict(self) -> dict[str, Any]:
         """The audit as JSON-ready values; lengths in tokens, shares in [0, 1]."""
         return {
-            "where": self.where,
-            "path": self.path,
             "read": self.read,
             "kept": sum(self.kept.values()),
             "cut": sum(self.cut.values()),
@@ -125,7 +119,7 @@ def check_usable(audit: Mapping[str, Any], sequence_len: int, max_bad_rows: floa
     """Stop the run if nothing, or too little, of a data set is usable.
 
     Args:
-        audit: Value of `Audit.to_dict`.
+        audit: What `Preparation.load_or_run` gives.
         sequence_len: Longest prompt + completion in tokens.
         max_bad_rows: Share of unusable rows, in [0, 1], above which to stop.
 
@@ -160,7 +154,7 @@ def audit_lines(audits: Iterable[Mapping[str, Any]]) -> list[str]:
     """An audit in a few lines of plain text, for the log, the terminal and the model card.
 
     Args:
-        audits: Values of `Audit.to_dict`.
+        audits: What `Preparation.load_or_run` gives.
     """
     lines = []
     for audit in audits:

@@ -70,7 +70,8 @@ def _array_rows(file: Path) -> Iterator[Row | RowError]:
         ) from error
 
 
-_SPACE = re.compile(r"[ \t\n\r]*")
+_BEGIN = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*(])?")
+_NEXT = re.compile(r"[ \t\n\r]*(?:,[ \t\n\r]*|(]))")
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
@@ -83,16 +84,14 @@ def _array_items(read: Callable[[int], str]) -> Iterator[Any]:
     Raises:
         ValueError: If the text is not a JSON array.
     """
-    text, separator = read(_CHUNK), "["
-    at = 0
+    text, at, separator = read(_CHUNK), 0, _BEGIN
     while True:
         try:
-            start = _expect(text, at, separator if separator == "[" else ",]")
-            if separator == "[" and text[start : start + 1] == "]":
-                start += 1
-            if text[start - 1] == "]":
+            if (found := separator.match(text, at)) is None:
+                raise ValueError(f"found {text[at : at + 20]!r} instead of , or ]")
+            if found[1]:
                 break
-            item, end = _decode(text, start)
+            item, end = _decode(text, found.end())
             if end == len(text):
                 raise ValueError("it is incomplete")  # also a number that may go on
         except ValueError:
@@ -102,22 +101,9 @@ def _array_items(read: Callable[[int], str]) -> Iterator[Any]:
             text, at = text[at:] + more, 0
             continue
         yield item
-        at, separator = end, ","
-    if (text[start:] + read(-1)).strip():
+        at, separator = end, _NEXT
+    if (text[found.end() :] + read(-1)).strip():
         raise ValueError("more text follows")
-
-
-def _expect(text: str, at: int, characters: str) -> int:
-    """The position after one of these characters and the space around it; right after it if it is the last bracket."""
-    at = _after_space(text, at)
-    if text[at : at + 1] not in tuple(characters):
-        raise ValueError(f"found {text[at : at + 20]!r} instead of {' or '.join(characters)}")
-    return at + 1 if text[at] == "]" else _after_space(text, at + 1)
-
-
-def _after_space(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    return found.end() if found else at
 
 
 def _decode(text: str, start: int) -> tuple[Any, int]:

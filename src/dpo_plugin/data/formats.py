@@ -37,6 +37,7 @@ class Columns(ColumnsConfig):
 
 
 PreferenceFormat = Callable[[Mapping[str, Any], Columns], PreferencePair | RenderedPair]
+"""Reads a row; raises `RowError` where a column is missing, of another type, or empty, and for what it says itself."""
 
 
 def conversations(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
@@ -45,8 +46,7 @@ def conversations(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
     The shared history is the longest common prefix of their messages; what follows is each one's completion.
 
     Raises:
-        RowError: If a column is missing or not a message list, the conversations share no user turn, are equal,
-            or do not end with the assistant.
+        RowError: If the conversations share no user turn, are equal, or do not end with the assistant.
     """
     chosen = _messages(row, columns.chosen, columns)
     rejected = _messages(row, columns.rejected, columns)
@@ -75,28 +75,17 @@ def prompt_answers(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
     """``prompt`` (text or messages) and two answers, with an optional ``system``: jondurbin/truthy-dpo-v0.1.
 
     An answer is text, one message, or the messages that follow the prompt.
-
-    Raises:
-        RowError: If a column is missing, of another type, or empty.
     """
     return _answered(row, columns, columns.prompt)
 
 
 def messages_answers(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
-    """``messages`` (the history) and two answers, as axolotl's ``chat_template.default`` reads them.
-
-    Raises:
-        RowError: If a column is missing, of another type, or empty.
-    """
+    """``messages`` (the history) and two answers, as axolotl's ``chat_template.default`` reads them."""
     return _answered(row, columns, columns.messages)
 
 
 def question_answers(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
-    """``system``, ``question`` and two answers: Intel/orca_dpo_pairs.
-
-    Raises:
-        RowError: If a column is missing, of another type, or empty.
-    """
+    """``system``, ``question`` and two answers: Intel/orca_dpo_pairs."""
     return _answered(row, columns, columns.question)
 
 
@@ -109,20 +98,17 @@ def hh_rlhf(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
     Raises:
         RowError: If a column is not a transcript, or as `conversations`.
     """
-    both = {
-        column: [{columns.role: role, columns.content: text} for role, text in _transcript(row, column)]
-        for column in (columns.chosen, columns.rejected)
-    }
+    both = {column: _transcript(row, column, columns) for column in (columns.chosen, columns.rejected)}
     return conversations({**row, **both}, columns)
 
 
-def _transcript(row: Mapping[str, Any], column: str) -> list[tuple[str, str]]:
+def _transcript(row: Mapping[str, Any], column: str, columns: Columns) -> list[dict[str, str]]:
     text = row.get(column)
     if not isinstance(text, str) or not _TURN.match(text):
         raise RowError(rf"`{column}` does not begin with '\n\nHuman:'")
     parts = _TURN.split(text)[1:]
-    speakers = {"Human": "user", "Assistant": "assistant"}
-    return [(speakers[who], said.removeprefix(" ")) for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{columns.role: who.lower(), columns.content: said.removeprefix(" ")} for who, said in turns]
 
 
 def rendered_text(row: Mapping[str, Any], columns: Columns) -> RenderedPair:
@@ -130,9 +116,6 @@ def rendered_text(row: Mapping[str, Any], columns: Columns) -> RenderedPair:
 
     The end-of-sequence token is added to an answer that ends with no special token, and the tokenizer's
     beginning-of-sequence token to a prompt without it, as TRL does.
-
-    Raises:
-        RowError: If a column is missing, no text, or empty.
     """
     prompt, chosen, rejected = (_text(row, column) for column in (columns.prompt, columns.chosen, columns.rejected))
     if chosen == rejected:
@@ -141,11 +124,7 @@ def rendered_text(row: Mapping[str, Any], columns: Columns) -> RenderedPair:
 
 
 def chat(row: Mapping[str, Any], columns: Columns) -> PreferencePair | RenderedPair:
-    """Any of the conversational shapes, recognised by its columns.
-
-    Raises:
-        RowError: If the columns fit none of them, or as the shape's own format.
-    """
+    """Any of the conversational shapes, recognised by its columns."""
     return FORMATS[recognise(row, columns)](row, columns)
 
 

@@ -54,10 +54,11 @@ class PrepareOptions:
     max_bad_rows: float = 0.1
 
 
+@dataclass(eq=False)
 class Preparation:
     """Turns one source of rows into a `Dataset` of ids and an `Audit`.
 
-    Args:
+    Attributes:
         config_key: Where the YAML names the data set, e.g. ``datasets[0]``, for messages.
         source: The rows.
         format: Reads a row.
@@ -65,14 +66,11 @@ class Preparation:
         options: Everything else.
     """
 
-    def __init__(
-        self, config_key: str, source: RowSource, format: PreferenceFormat, renderer: Renderer, options: PrepareOptions
-    ):
-        self.config_key = config_key
-        self.source = source
-        self.format = format
-        self.renderer = renderer
-        self.options = options
+    config_key: str
+    source: RowSource
+    format: PreferenceFormat
+    renderer: Renderer
+    options: PrepareOptions
 
     def key(self) -> str:
         """SHA-256 over everything that the prepared ids depend on, and nothing else."""
@@ -96,20 +94,20 @@ class Preparation:
             folder: Where prepared data is kept, one sub-folder per key.
 
         Returns:
-            The pairs, and the audit as `Audit.to_dict` gives it.
+            The pairs, and the audit as `Audit.to_dict` gives it, with the data set's ``where`` and ``path``.
 
         Raises:
             DataError: If the folder cannot be written, or too little is left of the data.
         """
         key = self.key()
         stored = StoredPairs(folder / f"dpo_plugin-{key[:24]}", key)
-        made = Audit(self.config_key, self.source.path)
+        made = Audit()
         try:
             data, audit = stored.load_or_write(lambda: self.batches(made), made.to_dict)
         except OSError as error:
             rows = len(self.source.read()) * self.options.sample_fraction
             raise cannot_store(folder, error, round(stored.written * rows / max(made.read, 1))) from error
-        audit |= {"where": self.config_key, "path": self.source.path}
+        audit = {"where": self.config_key, "path": self.source.path, **audit}
         check_usable(audit, self.options.limit.tokens, self.options.max_bad_rows)
         return data, audit
 
@@ -126,14 +124,16 @@ class Preparation:
         seen: set[bytes] = set()
         rendered = self._rendered(audit)
         while batch := list(islice(rendered, _BATCH)):
-            with patch.dict(
-                os.environ, TOKENIZERS_PARALLELISM="true"
-            ):  # axolotl sets false, for the sake of later forks
+            with patch.dict(os.environ, TOKENIZERS_PARALLELISM="true"):  # axolotl sets false, for later forks' sake
                 ids = self.renderer.tokenize([pair for _, pair in batch])
-            columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
+            rows = []
             for (number, pair), pair_ids in zip(batch, ids, strict=True):
-                self._take(columns, audit, seen, number, one_line(pair.source), pair_ids)
-            yield pa.RecordBatch.from_pydict(columns, FEATURES.arrow_schema)
+                source = one_line(pair.source)
+                try:
+                    rows.append(self._row(audit, seen, number, source, pair_ids))
+                except RowError as error:
+                    audit.leave_out(number, source, error.reason, str(error))
+            yield pa.RecordBatch.from_pylist(rows, FEATURES.arrow_schema)
 
     def _rendered(self, audit: Audit) -> Iterator[tuple[int, RenderedPair]]:
         for number, row in self._numbered():
@@ -177,56 +177,51 @@ class Preparation:
             numbered = (item for item in numbered if item[0] in chosen)
         return tqdm(numbered, desc=f"Preparing {self.config_key}", total=total, unit="pair", disable=None)
 
-    def _take(
-        self, columns: dict[str, list[Any]], audit: Audit, seen: set[bytes], number: int, source: str, ids: PairIds
-    ) -> None:
-        if wrong := self._unusable(ids):
-            audit.leave_out(number, source, *wrong)
-            return
-        length = len(ids.prompt) + max(len(ids.chosen), len(ids.rejected))
+    def _row(self, audit: Audit, seen: set[bytes], number: int, source: str, ids: PairIds) -> dict[str, Any]:
+        """Make the row of `FEATURES` that is stored.
+
+        Raises:
+            RowError: If the pair cannot be used.
+        """
+        self._check_ids(ids)
+        length, limit = len(ids.prompt) + max(len(ids.chosen), len(ids.rejected)), self.options.limit.tokens
         audit.full_lengths.append(length)
         cut = [0, 0, 0]
-        if length > self.options.limit.tokens:
-            fitted = self._fit(number, ids, length)
-            if fitted is None:
-                audit.leave_out(
-                    number, source, TOO_LONG, f"{length} tokens, sequence_len is {self.options.limit.tokens}"
-                )
-                return
-            ids, cut = fitted
+        if length > limit:
+            ids, cut = self._fit(number, ids, length)
             if ids.chosen == ids.rejected:
-                audit.leave_out(number, source, EQUAL_AFTER_CUT, f"{length} tokens cut to {self.options.limit.tokens}")
-                return
+                raise RowError(f"{length} tokens cut to {limit}", EQUAL_AFTER_CUT)
             audit.cut[source] += 1
         if self.options.drop_duplicates:
             mark = hashlib.sha256(repr((ids.prompt, ids.chosen, ids.rejected)).encode()).digest()
             if mark in seen:
-                audit.leave_out(number, source, DUPLICATE, "the same tokens as an earlier row")
-                return
+                raise RowError("the same tokens as an earlier row", DUPLICATE)
             seen.add(mark)
         audit.kept[source] += 1
         audit.lengths.extend((len(ids.prompt), len(ids.chosen), len(ids.rejected)))
-        for name, value in zip(FEATURES, (ids.prompt, ids.chosen, ids.rejected, source, number, cut), strict=True):
-            columns[name].append(value)
+        return dict(zip(FEATURES, (ids.prompt, ids.chosen, ids.rejected, source, number, cut), strict=True))
 
-    def _unusable(self, ids: PairIds) -> tuple[str, str] | None:
-        """Reason and message if the tokenizer has lost what the text says, or what tells the two sides apart."""
+    def _check_ids(self, ids: PairIds) -> None:
+        """Refuse a pair of which the tokenizer has lost what the text says, or what tells the two sides apart."""
         if (unknown := self.renderer.unknown_id) is not None:
             lost = sum(side.count(unknown) for side in (ids.prompt, ids.chosen, ids.rejected))
             if lost:
-                return UNKNOWN, f"the tokenizer has no token for {lost} piece(s) of the text"
-        return (EQUAL_IDS, "chosen and rejected are the same tokens") if ids.chosen == ids.rejected else None
+                raise RowError(f"the tokenizer has no token for {lost} piece(s) of the text", UNKNOWN)
+        if ids.chosen == ids.rejected:
+            raise RowError("chosen and rejected are the same tokens", EQUAL_IDS)
 
-    def _fit(self, number: int, ids: PairIds, length: int) -> tuple[PairIds, list[int]] | None:
+    def _fit(self, number: int, ids: PairIds, length: int) -> tuple[PairIds, list[int]]:
         limit = self.options.limit
         if limit.strategy == "raise":
             raise DataError(
                 f"{self.config_key} ({self.source.path}) row {number} has {length} tokens, more than `sequence_len: "
                 f"{limit.tokens}`. Write: sequence_len: {length}, or excess_length_strategy: drop"
             )
-        if limit.strategy == "drop":
-            return None
-        return fit(ids, limit, self._end_tokens(ids), self.renderer.tokenizer.bos_token_id)
+        truncate, bos = limit.strategy == "truncate", self.renderer.tokenizer.bos_token_id
+        fitted = fit(ids, limit, self._end_tokens(ids), bos) if truncate else None
+        if fitted is None:
+            raise RowError(f"{length} tokens, sequence_len is {limit.tokens}", TOO_LONG)
+        return fitted
 
     def _end_tokens(self, ids: PairIds) -> int:
         """How many ids at the end of both completions are the end of turn: the template's, else the last one."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from os.path import commonprefix
 from typing import Any
 
 from dpo_plugin.data.audit import EMPTY
@@ -38,31 +39,27 @@ class PairIds:
     rejected: list[int]
 
 
+@dataclass(eq=False)
 class Renderer:
     """Renders pairs with one tokenizer and its chat template.
 
-    Args:
+    Attributes:
         tokenizer: A fast tokenizer.
-        template: A Jinja chat template that replaces the tokenizer's own.
+        template: The Jinja chat template; the tokenizer's own unless another is given.
         name: What to call the template in messages.
         template_kwargs: Arguments of the chat template for every row; a row's own come on top.
         refuse_special_tokens: Refuse a row whose messages contain the text of a special token, which the tokenizer
             would turn into that token.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        template: str | None = None,
-        name: str = "the tokenizer's chat template",
-        template_kwargs: Mapping[str, Any] | None = None,
-        refuse_special_tokens: bool = True,
-    ):
-        self.tokenizer = tokenizer
-        self.template = template or tokenizer.chat_template
-        self.name = name
-        self.template_kwargs = dict(template_kwargs or {})
-        self.refuse_special_tokens = refuse_special_tokens
+    tokenizer: Any
+    template: str | None = None
+    name: str = "the tokenizer's chat template"
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    refuse_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        self.template = self.template or self.tokenizer.chat_template
 
     def text(self, messages: Sequence[Message], pair: PreferencePair, generate: bool) -> str:
         """The template applied to messages, with or without its generation prompt.
@@ -235,16 +232,12 @@ class Renderer:
     def _tokenize_parts(self, pairs: Sequence[RenderedPair]) -> list[PairIds]:
         texts: list[str] = []
         for pair in pairs:
-            cut = max((pair.prompt.rfind(token) for token in self._control_tokens), default=0)
-            cut = max(cut, 0)
+            cut = max([0, *map(pair.prompt.rfind, self._control_tokens)])
             head, tail = pair.prompt[:cut], pair.prompt[cut:]
             texts += (head, tail, tail + pair.chosen, tail + pair.rejected)
         ids = self._ids(texts)
-        found = []
-        for start in range(0, len(ids), 4):
-            part = split_ids(*ids[start + 1 : start + 4])
-            found.append(PairIds(ids[start] + part.prompt, part.chosen, part.rejected))
-        return found
+        parts = [split_ids(*ids[start + 1 : start + 4]) for start in range(0, len(ids), 4)]
+        return [PairIds(head + p.prompt, p.chosen, p.rejected) for head, p in zip(ids[::4], parts, strict=True)]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts; straight from the Rust tokenizer where there is one, which spares offsets and masks."""
@@ -268,8 +261,6 @@ def split_ids(prompt: list[int], with_chosen: list[int], with_rejected: list[int
 
 def _parting(prompt: str, whole: str) -> str:
     """Where two texts part, for messages."""
-    same = next(
-        (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
-    )
+    same = len(commonprefix([prompt, whole]))
     before, ours, theirs = prompt[max(0, same - 20) : same], prompt[same : same + 30], whole[same : same + 30]
     return f"after {before!r} it writes {ours!r}, then {theirs!r}"

@@ -55,7 +55,7 @@ def test_rows_are_read_as_they_are_written(tokenizer, tmp_path, monkeypatch):
     made = preparation(tokenizer, write_rows(tmp_path / "rows.jsonl", rows(23)))
     plain, seen = Preparation._numbered, []
     monkeypatch.setattr(Preparation, "_numbered", lambda self: (seen.append(row[0]) or row for row in plain(self)))
-    audit = prepare_module.Audit("datasets[0]", "rows.jsonl")
+    audit = prepare_module.Audit()
     read_at = [(batch.num_rows, len(seen)) for batch in made.batches(audit)]
     assert read_at == [(5, 5), (5, 10), (5, 15), (5, 20), (3, 23)]
 
