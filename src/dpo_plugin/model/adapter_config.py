@@ -9,20 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from peft import LoraConfig
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictFloat,
-    StrictInt,
-    StrictStr,
-    ValidationError,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from dpo_plugin.errors import AdapterError
-from dpo_plugin.model.inits import check_saved_init
+from dpo_plugin.errors import AdapterError, ConfigError
 
 _KNOWN = {field for field in LoraConfig.__dataclass_fields__ if not field.startswith("_")} | {"peft_type"}
 
@@ -33,18 +22,18 @@ def _scales(value: float) -> float:
     return value
 
 
-_Rank = Annotated[StrictInt, Field(gt=0)]
-_Alpha = Annotated[StrictFloat, Field(allow_inf_nan=False), AfterValidator(_scales)]  # takes integers as well
-_Names = list[StrictStr] | StrictStr | None
+_Rank = Annotated[int, Field(gt=0)]
+_Alpha = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_scales)]  # takes integers as well
+_Names = list[str] | str | None
 
 
 class _LoraSettings(BaseModel):
     """The keys that decide what the adapter computes, with PEFT's types."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
-    base_model_name_or_path: StrictStr | None = None
-    revision: StrictStr | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
     r: _Rank
     lora_alpha: _Alpha
     target_modules: _Names
@@ -52,15 +41,15 @@ class _LoraSettings(BaseModel):
     modules_to_save: _Names = None
     rank_pattern: dict[str, _Rank] = {}
     alpha_pattern: dict[str, _Alpha] = {}
-    lora_dropout: Annotated[StrictFloat, Field(ge=0, le=1)] = 0.0
-    use_rslora: StrictBool | None = False
-    use_dora: StrictBool | None = False
-    fan_in_fan_out: StrictBool | None = False  # axolotl 0.19 writes null (loaders/adapter.py:195)
-    lora_bias: StrictBool | None = False
-    layers_to_transform: list[StrictInt] | StrictInt | None = None
+    lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    use_rslora: bool | None = False
+    use_dora: bool | None = False
+    fan_in_fan_out: bool | None = False  # axolotl 0.19 writes null (loaders/adapter.py:195)
+    lora_bias: bool | None = False
+    layers_to_transform: list[int] | int | None = None
     layers_pattern: _Names = None
-    alora_invocation_tokens: list[StrictInt] | None = None
-    trainable_token_indices: list[StrictInt] | dict[str, list[StrictInt]] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
 
 def read_adapter_config(file: Path) -> dict[str, Any]:
@@ -122,6 +111,54 @@ def check_supported(config: Mapping[str, Any], key: str, folder: Path) -> None:
     if config.get("target_parameters"):
         raise AdapterError(
             f"`{key}: {folder}` uses target_parameters, of which PEFT holds one per model (peft #3340). {merge}"
+        )
+
+
+SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")
+"""Values (or how they begin) of ``init_lora_weights`` with which PEFT 0.20 subtracts the start, s·B₀A₀, from the base's
+weights, which policy and reference share: each added adapter subtracts it again (tuners/lora/layer.py,
+``update_layer``)."""
+
+
+def check_saved_init(init: Any, key: str, path: Any) -> None:
+    """Check how a saved adapter was initialised.
+
+    PEFT's own ``from_pretrained`` initialises it again, which gives the trained model back only if that start is
+    deterministic: ``pissa_niter_4`` came out 1.2 nats off on 14 tokens, CorDA is an error, LoRA-GA subtracts nothing.
+
+    Args:
+        init: ``init_lora_weights`` of its ``adapter_config.json``.
+        key: The YAML key that named it.
+        path: Its folder.
+
+    Raises:
+        AdapterError: If the base that it was trained on is not the one on disk.
+    """
+    if init == "loftq":
+        raise AdapterError(
+            f"`{key}: {path}` has init_lora_weights: loftq and was trained on a base that LoftQ had rounded. Merge it "
+            "with PEFT: PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(<merged>). "
+            "Write: base_model: <merged>, without lora_model_dir"
+        )
+    if str(init).lower().startswith(SUBTRACTED):
+        raise AdapterError(
+            f"`{key}: {path}` has init_lora_weights: {init}, and its start is to be subtracted from the base, once for "
+            "each adapter. Convert it to plain LoRA with PEFT: model.save_pretrained(<plain>, path_initial_model_for_"
+            f"weight_conversion=<the adapter before training>). Write: {key}: <plain>"
+        )
+
+
+def check_fresh_init(init: Any) -> None:
+    """Check how a fresh LoRA is to be initialised.
+
+    Raises:
+        ConfigError: If the base would be changed, which is the reference.
+    """
+    if str(init).lower().startswith((*SUBTRACTED, "loftq")):
+        key = "peft.loftq_config" if init == "loftq" else "peft_init_lora_weights"
+        raise ConfigError(
+            f"`{key}` asks for a fresh LoRA of kind {init}, which changes the base model, and the base "
+            f"is its reference. Write: {key}: null"
         )
 
 

@@ -24,8 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dpo_plugin.errors import AdapterError
-from dpo_plugin.model.adapter_config import adapter_settings, check_supported, read_adapter_config
-from dpo_plugin.model.inits import check_fresh_init
+from dpo_plugin.model.adapter_config import adapter_settings, check_fresh_init, check_supported, read_adapter_config
 from dpo_plugin.model.modules_to_save import hold_in_fp32
 
 # PEFT saves the adapter called "default" into the folder itself and any other into a folder of its own.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ Forward = Callable[[Any, PairBatch], CompletionLogps]
 """Runs a model on a batch; given to strategies so that policy and reference take the same numeric path."""
 
 
-class ReferenceStrategy(ABC):
-    """Gives the reference's log-probs.
+class ReferenceStrategy:
+    """Gives the reference's log-probs; a subclass defines `active`, or `run`.
 
     Args:
         policy: The unwrapped policy.
@@ -37,6 +36,9 @@ class ReferenceStrategy(ABC):
         needs_adapter: Whether it is a LoRA of its own, that of ``adapter_dir`` or ``lora_model_dir``.
         needs_second_model: Whether it is the second model that the host loads for full fine-tuning.
         policy_values: Gives the policy adapter by parameter name as the optimizer holds it, fp32; all ranks must call.
+
+    Raises:
+        ConfigError: If it needs what is not there.
     """
 
     moves: ClassVar[bool] = False
@@ -50,23 +52,35 @@ class ReferenceStrategy(ABC):
         self.ref_model = ref_model
         self.options = options or ReferenceConfig()
         self.policy_values: Callable[[], Mapping[str, Tensor]] = self._parameters
+        named = f"the reference strategy {type(self).__name__} needs"
+        if self.needs_second_model and ref_model is None:
+            raise ConfigError(
+                f"{named} full fine-tuning, where the host loads a second model. "
+                "Write: dpo_plugin: {reference: {strategy: adapter}}"
+            )
+        if (self.needs_lora or self.needs_adapter) and not isinstance(policy, PolicyReferenceModel):
+            raise ConfigError(f"{named} an adapter to switch off. Write: adapter: lora")
+        if self.needs_adapter and not policy.has_reference:
+            raise ConfigError(f"{named} a reference adapter. Write: lora_model_dir: <SFT adapter folder>")
 
     def _parameters(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.policy.policy_parameters()}
 
-    @abstractmethod
     def run(self, model: Any, batch: PairBatch, forward: Forward) -> CompletionLogps:
-        """Run the reference.
+        """Run the reference: unless a strategy says otherwise, the model that `active` gives.
 
         Args:
             model: The policy as the engine wrapped it (DDP, DeepSpeed, FSDP); always call this root.
             batch: The pairs.
             forward: ``forward(model, batch)`` runs a model.
         """
+        with self.active(model) as reference:
+            assert reference is not None, f"{type(self).__name__} defines neither active nor run"
+            return forward(reference, batch)
 
     @contextmanager
     def active(self, model: Any) -> Iterator[Any]:
-        """Context that gives a model which is the reference, so that it can answer; None where there is none.
+        """Context that gives a model which is the reference, so that it can also answer; None where there is none.
 
         Args:
             model: The policy.
@@ -86,7 +100,7 @@ class ReferenceStrategy(ABC):
         """Whether its log-probs can be cached."""
         return cls.runs_model and not cls.moves
 
-    @classmethod  # noqa: B027
+    @classmethod
     def check_adapters(cls, policy: AdapterFolder | None, reference: AdapterFolder | None) -> None:
         """Called before any weights are read.
 
@@ -98,7 +112,7 @@ class ReferenceStrategy(ABC):
             ConfigError: If the two do not suit the strategy.
         """
 
-    def after_step(self, step: int) -> None:  # noqa: B027
+    def after_step(self, step: int) -> None:
         """Called after each optimizer step, for a reference that moves.
 
         Args:
@@ -109,7 +123,7 @@ class ReferenceStrategy(ABC):
         """Tensors that a checkpoint must hold because the reference cannot be rebuilt from its source."""
         return {}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave."""
 
     @torch.no_grad()
@@ -159,13 +173,6 @@ class AdapterReference(ReferenceStrategy):
     needs_lora = True
     needs_adapter = True
 
-    def __init__(self, policy: Any, ref_model: Any | None = None, options: ReferenceConfig | None = None):
-        super().__init__(policy, ref_model, options)
-        if not isinstance(policy, PolicyReferenceModel) or not policy.has_reference:
-            raise ConfigError(
-                "reference strategy 'adapter' needs a reference adapter. Write: lora_model_dir: <SFT adapter folder>"
-            )
-
     def identity(self) -> str:
         """SHA-256 of the reference adapter as attached."""
         return f"sha256:{self.policy.digests[REFERENCE]}"
@@ -180,21 +187,11 @@ class AdapterReference(ReferenceStrategy):
         with self.policy.reference_active():
             yield model
 
-    def run(self, model: Any, batch: PairBatch, forward: Forward) -> CompletionLogps:
-        """Run with the reference adapter in the policy's place."""
-        with self.active(model) as reference:
-            return forward(reference, batch)
-
 
 class BaseReference(ReferenceStrategy):
     """The base model with its adapters off."""
 
     needs_lora = True
-
-    def __init__(self, policy: Any, ref_model: Any | None = None, options: ReferenceConfig | None = None):
-        super().__init__(policy, ref_model, options)
-        if not isinstance(policy, PolicyReferenceModel):
-            raise ConfigError("reference strategy 'base' needs an adapter to switch off. Write: adapter: lora")
 
     def equals_policy_at_start(self) -> bool:
         """Whether the policy is a fresh LoRA, which adds nothing yet."""
@@ -206,24 +203,11 @@ class BaseReference(ReferenceStrategy):
         with self.policy.adapters_off():
             yield model
 
-    def run(self, model: Any, batch: PairBatch, forward: Forward) -> CompletionLogps:
-        """Run without any adapter."""
-        with self.active(model) as reference:
-            return forward(reference, batch)
-
 
 class ModelReference(ReferenceStrategy):
     """A second, frozen model, for full fine-tuning."""
 
     needs_second_model = True
-
-    def __init__(self, policy: Any, ref_model: Any | None = None, options: ReferenceConfig | None = None):
-        super().__init__(policy, ref_model, options)
-        if ref_model is None:
-            raise ConfigError(
-                "reference strategy 'model' needs full fine-tuning, where the host loads a second model. "
-                "Write: dpo_plugin: {reference: {strategy: adapter}}"
-            )
 
     def equals_policy_at_start(self) -> bool:
         """Both are loaded from the same files."""
@@ -233,11 +217,6 @@ class ModelReference(ReferenceStrategy):
     def active(self, model: Any) -> Iterator[Any]:
         """The second model."""
         yield self.ref_model
-
-    def run(self, model: Any, batch: PairBatch, forward: Forward) -> CompletionLogps:
-        """Run the second model."""
-        with self.active(model) as reference:
-            return forward(reference, batch)
 
 
 class NoReference(ReferenceStrategy):
