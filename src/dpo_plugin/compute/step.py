@@ -16,7 +16,7 @@ from dpo_plugin.compute.logps import pair_logps, run_model, total_loss
 from dpo_plugin.compute.losses import LossOptions, PreferenceLoss
 from dpo_plugin.compute.step_zero import check_policy_is_reference
 from dpo_plugin.errors import NotFiniteError
-from dpo_plugin.model.cached_reference import CachedReference
+from dpo_plugin.model.cache import CachedReference
 from dpo_plugin.model.references import Forward
 from dpo_plugin.types import CompletionLogps, PairBatch, PairLogps
 

@@ -19,7 +19,6 @@ from dpo_plugin.engines.ranks import on_any_rank, packs_of, without_exchange
 from dpo_plugin.engines.sharded import gather_policy, load_policy, reference_digest
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.host import batches, workarounds
-from dpo_plugin.host.callbacks import RunningTrainer
 from dpo_plugin.host.callbacks.checkpoint_layers import CheckpointLayers
 from dpo_plugin.host.callbacks.health import HealthCallback
 from dpo_plugin.host.callbacks.progress import Progress, log_setup
@@ -34,11 +33,11 @@ from dpo_plugin.metrics.adapter_norms import AdapterNorms
 from dpo_plugin.metrics.recorder import MetricRecorder
 from dpo_plugin.model.adapters import PolicyReferenceModel
 from dpo_plugin.model.buffers import ComputedBuffers
-from dpo_plugin.model.cached_reference import CachedReference
+from dpo_plugin.model.cache import CachedReference
 from dpo_plugin.registry import get_registry
 
 
-class PreferenceTrainer(RunningTrainer):
+class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
     """DPO with policy and reference on one base model; `dpo_plugin.host.callbacks.RunningTrainer` has its attributes.
 
     Args:

@@ -1,4 +1,4 @@
-"""A cache of reference log-probs on disk, keyed by content, for any number of processes at once.
+"""A cache of reference log-probs on disk, keyed by content, for any number of processes; and a reference behind it.
 
 Each process appends records to a file of its own; all files of a cache are read at the start. A record is the row's
 key, two log-probs and a checksum, so an incomplete or damaged one is recognised, skipped, and computed again.
@@ -11,14 +11,19 @@ import json
 import math
 import struct
 import uuid
+import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dpo_plugin.model.references import Forward, ReferenceStrategy
+from dpo_plugin.types import PairBatch
 
 _RECORD = struct.Struct("<32sff")  # key, chosen and rejected log-prob in nats
 _CHECKED = struct.Struct("<32sffI")
@@ -27,6 +32,9 @@ _SAMPLE, _SAMPLES = 1 << 16, 64  # bytes; 64 blocks tell two fine-tunes of one m
 
 _NEUTRAL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 """Keys of a model's config that do not change what it computes; precision is a separate part of the cache key."""
+
+CHECKED = 4
+"""Batches at the start of a run whose cached log-probs are compared with a forward's."""
 
 
 def cache_key(**parts: Any) -> str:
@@ -111,7 +119,8 @@ class ReferenceLogpCache:
         self.damaged = 0
         self._values: dict[bytes, tuple[float, float]] = {}
         self._unwritten: list[bytes] = []
-        self._from_disk: dict[Path, set[bytes]] = {}
+        self._from_disk: set[bytes] = set()
+        self._files: set[Path] = set()
         self._outdated: set[Path] = set()
         self._file: Path | None = None
         if self.folder is not None:
@@ -128,7 +137,7 @@ class ReferenceLogpCache:
         for file in sorted(folder.glob("*.logps")):
             if file == self._file or file in self._outdated:
                 continue
-            found = self._from_disk.setdefault(file, set())
+            self._files.add(file)
             try:
                 content = file.read_bytes()
             except OSError:
@@ -142,20 +151,18 @@ class ReferenceLogpCache:
                     self.damaged += 1
                 elif key not in self._values:
                     self._values[key] = (chosen, rejected)
-                    found.add(key)
-
-    def _is_from_disk(self, key: bytes) -> bool:
-        return any(key in keys for keys in self._from_disk.values())
+                    self._from_disk.add(key)
 
     def forget(self) -> None:
         """Drop the records read from disk, and delete their files where permitted."""
-        for file, keys in self._from_disk.items():
-            for key in keys:
-                del self._values[key]
+        for key in self._from_disk:
+            del self._values[key]
+        for file in self._files:
             with suppress(OSError):
                 file.unlink()
-        self._outdated.update(self._from_disk)
+        self._outdated |= self._files
         self._from_disk.clear()
+        self._files.clear()
 
     def reload(self) -> None:
         """Read what other processes have written since."""
@@ -171,7 +178,7 @@ class ReferenceLogpCache:
     def read(self, keys: Sequence[bytes]) -> Tensor:
         """(pairs, 2) fp32 nats of these rows as read from disk, NaN for one that was not."""
         missing = (math.nan, math.nan)
-        return torch.tensor([self._values[key] if self._is_from_disk(key) else missing for key in keys])
+        return torch.tensor([self._values[key] if key in self._from_disk else missing for key in keys])
 
     def put(self, keys: Sequence[bytes], logps: Tensor) -> None:
         """Add (pairs, 2) log-probs; they reach the disk with the next `flush`."""
@@ -196,3 +203,68 @@ class ReferenceLogpCache:
     def _packed(self, key: bytes) -> bytes:
         chosen, rejected = self._values[key]
         return _CHECKED.pack(key, chosen, rejected, zlib.crc32(_RECORD.pack(key, chosen, rejected)))
+
+
+@dataclass(eq=False)
+class CachedReference:
+    """A reference strategy behind a cache: runs the reference only for rows that are not cached yet.
+
+    The first batches with rows from disk are run anyway: if the cached log-probs are not those of this reference,
+    although their key is, all of them are dropped and computed again.
+
+    Attributes:
+        strategy: The strategy.
+        cache: The cache, or None.
+        on_any_rank: Tells whether a condition holds on any rank, since ranks must forward together.
+        tolerance: Most that cached log-probs may be off, as `deviation` measures it.
+        warn: Takes a message for the user.
+        forwards: Batches for which the reference was run because log-probs were missing.
+        fresh: Whether the reference was run for the last batch.
+    """
+
+    strategy: ReferenceStrategy
+    cache: ReferenceLogpCache | None
+    on_any_rank: Callable[[bool], bool]
+    tolerance: float = 1e-3
+    warn: Callable[[str], None] = warnings.warn
+    forwards: int = 0
+    fresh: bool = True
+    _unchecked: int = CHECKED
+
+    def logps(self, model: Any, batch: PairBatch, forward: Forward, anew: bool = False) -> Tensor:
+        """Get log-probs, (pairs, 2) fp32 nats; from the cache if every rank has all of its rows there.
+
+        Args:
+            model: As in `ReferenceStrategy.run`.
+            batch: The pairs.
+            forward: As in `ReferenceStrategy.run`.
+            anew: Run the reference even if all rows are cached; equal on all ranks.
+        """
+        if self.cache is None:
+            self.forwards += 1
+            return self.strategy.logps(model, batch, forward)
+        cached = self.cache.get(batch.row_hashes, batch.input_ids.device)
+        missing = self.on_any_rank(cached is None)
+        read = self.cache.read(batch.row_hashes) if anew or self._unchecked > 0 else None
+        check = anew or (read is not None and self.on_any_rank(not read.isnan().all()))
+        self.fresh = missing or check
+        if cached is not None and not self.fresh:
+            return cached
+        self.forwards += missing
+        logps = self.strategy.logps(model, batch, forward)
+        if read is not None and check:
+            self._unchecked -= 1
+            self._compare(self.cache, read, logps, batch)
+        self.cache.put(batch.row_hashes, logps)
+        return logps
+
+    def _compare(self, cache: ReferenceLogpCache, read: Tensor, logps: Tensor, batch: PairBatch) -> None:
+        tokens = torch.tensor(batch.lengths).reshape(2, -1).T
+        if not self.on_any_rank(deviation(read, logps.cpu(), tokens) > self.tolerance):
+            return
+        cache.forget()
+        self.warn(
+            f"dpo_plugin: the reference log-probs cached in {cache.folder} are not those of this reference: they are "
+            f"off by more than rounding explains ({self.tolerance} nats per square root of a token). The base model's "
+            "weights have changed, or a package computes it differently. They are dropped and computed again"
+        )

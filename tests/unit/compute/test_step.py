@@ -15,8 +15,7 @@ from dpo_plugin.compute.losses import LossOptions, sigmoid
 from dpo_plugin.compute.step import PreferenceStep, score_pairs
 from dpo_plugin.errors import NotFiniteError, ReferenceMismatchError
 from dpo_plugin.model.adapters import AdapterFolder, attach
-from dpo_plugin.model.cache import ReferenceLogpCache
-from dpo_plugin.model.cached_reference import CachedReference
+from dpo_plugin.model.cache import CachedReference, ReferenceLogpCache
 from dpo_plugin.model.references import AdapterReference
 from tests.support import tiny
 

@@ -14,6 +14,7 @@ from dpo_plugin.compute.batching import PairCollator, row_hash, to_pair_batch
 from dpo_plugin.compute.logps import run_model
 from dpo_plugin.model.cache import (
     _RECORD,
+    CachedReference,
     ReferenceLogpCache,
     cache_key,
     config_digest,
@@ -21,7 +22,6 @@ from dpo_plugin.model.cache import (
     rope_limit,
     weights_digest,
 )
-from dpo_plugin.model.cached_reference import CachedReference
 from dpo_plugin.model.references import ReferenceStrategy
 from dpo_plugin.types import CompletionLogps
 from tests.support import tiny

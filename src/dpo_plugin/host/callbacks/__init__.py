@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
-from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
+if TYPE_CHECKING:
+    from dpo_plugin.compute.batching import PairCollator
+    from dpo_plugin.compute.step import PreferenceStep
+    from dpo_plugin.host.output_dir.checkpoints import Origin
+    from dpo_plugin.host.settings import RunSettings
+    from dpo_plugin.metrics.recorder import MetricRecorder
+    from dpo_plugin.model.buffers import ComputedBuffers
+    from dpo_plugin.model.cache import CachedReference
 
-from dpo_plugin.compute.batching import PairCollator
-from dpo_plugin.compute.step import PreferenceStep
-from dpo_plugin.host.output_dir.checkpoints import Origin
-from dpo_plugin.host.settings import RunSettings
-from dpo_plugin.metrics.recorder import MetricRecorder
-from dpo_plugin.model.buffers import ComputedBuffers
-from dpo_plugin.model.cached_reference import CachedReference
 
-
-class RunningTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
-    """What callbacks and commands may use of `PreferenceTrainer`, besides what it has of the host's.
+class RunningTrainer(Protocol):
+    """The part of `PreferenceTrainer` that callbacks and commands use.
 
     Attributes:
         settings: The run's settings.
@@ -26,6 +26,8 @@ class RunningTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
         computed_buffers: Of policy and second model.
         origin: What the run trains with.
         beta: β.
+
+    The others are those of transformers' trainer.
     """
 
     settings: RunSettings
@@ -35,4 +37,25 @@ class RunningTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
     computed_buffers: Sequence[ComputedBuffers]
     origin: Origin
     beta: float
+    args: Any
+    state: Any
+    accelerator: Any
+    model: Any
+    train_dataset: Any
+    eval_dataset: Any
     data_collator: PairCollator
+    processing_class: Any
+    callback_handler: Any
+    is_fsdp_enabled: bool
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this process writes the files of the run."""
+
+    def cache_reference(self, inputs: dict[str, Any]) -> None:
+        """Compute and cache the reference's log-probs of a collated micro-batch."""
+
+    def get_train_dataloader(self) -> Any:
+        """Make a loader of the training data."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Make a loader of evaluation data."""
