@@ -56,7 +56,8 @@ from dpo_plugin.compute import attention
 from dpo_plugin.compute.batching import PairCollator, to_pair_batch
 from dpo_plugin.compute.logps import pair_logps, run_model, total_loss
 from dpo_plugin.compute.losses import LossOptions, sigmoid
-from dpo_plugin.model.adapters import AdapterFolder, PolicyReferenceModel, attach
+from dpo_plugin.model.adapter_config import AdapterFolder
+from dpo_plugin.model.adapters import PolicyReferenceModel, attach
 from dpo_plugin.types import CompletionLogps
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")

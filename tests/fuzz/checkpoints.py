@@ -26,15 +26,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from dpo_plugin.compute.batching import row_hash
 from dpo_plugin.errors import AdapterError, CheckpointError, DPOPluginError
 from dpo_plugin.host.output_dir.checkpoints import Origin, checkpoint_to_resume, file_digests, write_marker
-from dpo_plugin.model.adapter_config import adapter_facts
-from dpo_plugin.model.adapters import (
-    POLICY,
-    REFERENCE,
-    AdapterFolder,
-    PolicyReferenceModel,
-    adapter_tensors,
-    attach,
-)
+from dpo_plugin.model.adapter_config import AdapterFolder, adapter_facts
+from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel, adapter_tensors, attach
 from dpo_plugin.model.cache import ReferenceLogpCache
 
 KEYS = [row_hash([1, 2], [3], [n]) for n in range(40)]

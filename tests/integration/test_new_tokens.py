@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_plugin.errors import AdapterError
 from dpo_plugin.host.commands.compare import compare
-from dpo_plugin.model.adapters import POLICY, REFERENCE, AdapterFolder, attach, without_copies
+from dpo_plugin.model.adapter_config import AdapterFolder
+from dpo_plugin.model.adapters import POLICY, REFERENCE, attach, without_copies
 from tests.support import host
 from tests.support.new_tokens import dpo_settings, resized, run_sft, save_base
 from tests.support.tiny import dpo_config

@@ -164,7 +164,8 @@ def test_dropout_of_the_models_config_is_off(base_dir, sft_dir, tmp_path):
 def test_a_reference_that_changes_is_noticed(base_dir, sft_dir):
     from dpo_plugin.errors import AdapterError
     from dpo_plugin.host.plugin import check_reference_unchanged
-    from dpo_plugin.model.adapters import AdapterFolder, attach
+    from dpo_plugin.model.adapter_config import AdapterFolder
+    from dpo_plugin.model.adapters import attach
 
     folder = AdapterFolder.open(sft_dir, "lora_model_dir")
     model = attach(AutoModelForCausalLM.from_pretrained(base_dir), folder, folder)

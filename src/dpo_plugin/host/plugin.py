@@ -22,7 +22,8 @@ from dpo_plugin.host.output_dir.lock import hold, release
 from dpo_plugin.host.settings import RunSettings, read_settings
 from dpo_plugin.host.workarounds import accept_fsdp2_with_nf4, ignore_deprecated_collectives
 from dpo_plugin.host.yaml_keys import typed
-from dpo_plugin.model.adapters import AdapterFolder, PolicyReferenceModel
+from dpo_plugin.model.adapter_config import AdapterFolder
+from dpo_plugin.model.adapters import PolicyReferenceModel
 from dpo_plugin.report.shown import shown_settings
 
 TRAINER = "dpo_plugin.host.trainer.PreferenceTrainer"

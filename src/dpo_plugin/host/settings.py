@@ -15,9 +15,7 @@ from dpo_plugin.health.monitor import HealthCheck
 from dpo_plugin.host.templates import check_samples
 from dpo_plugin.host.yaml_keys import DATA_SUFFIXES, check_names
 from dpo_plugin.metrics.pair import TRL_METRICS, PreferenceMetric
-from dpo_plugin.model.adapter_config import check_fresh_init
-from dpo_plugin.model.adapters import AdapterFolder
-from dpo_plugin.model.hub import open_adapter
+from dpo_plugin.model.adapter_config import AdapterFolder, check_fresh_init, open_adapter
 from dpo_plugin.model.references import ReferenceChoice, ReferenceStrategy, strategy_name
 from dpo_plugin.registry import Registry, get_registry
 

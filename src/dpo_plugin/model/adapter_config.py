@@ -1,15 +1,23 @@
-"""Reading ``adapter_config.json``: PEFT checks no types, ignores unknown keys, and fills in what is missing."""
+"""An adapter on disk, in a folder or in the hub's cache, checked before weights are read.
+
+PEFT checks no types in ``adapter_config.json``, ignores unknown keys, and fills in what is missing.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import LoraConfig
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
 
 from dpo_plugin.errors import AdapterError, ConfigError
 
@@ -189,3 +197,72 @@ def adapter_facts(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str
     modules = [key.partition(".lora_")[0] for key in tensors if ".lora_" in key]
     targets = sorted({name.rpartition(".")[2] for name in modules})
     return {**adapter_settings(config), "lora_target_modules": targets, "lora_tensors": len(modules)}
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter on disk, read without loading its weights.
+
+    Attributes:
+        path: Folder with ``adapter_config.json``.
+        config: Its contents.
+        key: The YAML key that named it, for messages.
+    """
+
+    path: Path
+    config: Mapping[str, Any] = field(repr=False)
+    key: str
+
+    @classmethod
+    def open(cls, path: str | Path, key: str) -> AdapterFolder:
+        """Read the config of an adapter folder.
+
+        Raises:
+            AdapterError: If a file is missing or damaged, or policy and reference cannot share a base with it.
+        """
+        folder, line = Path(path).expanduser(), key.rpartition(".")[2]
+        if not folder.is_dir():
+            raise AdapterError(f"`{key}: {path}` does not exist. Write: {line}: <folder with adapter_config.json>")
+        file = folder / "adapter_config.json"
+        if not file.is_file():
+            inside = sorted(child.parent.name for child in folder.glob("*/adapter_config.json"))
+            hint = f"{folder / inside[-1]}" if inside else "<folder with adapter_config.json>"
+            raise AdapterError(f"`{key}: {path}` holds no adapter_config.json. Write: {line}: {hint}")
+        config = read_adapter_config(file)
+        check_supported(config, key, folder)
+        weights = folder / "adapter_model.safetensors"
+        if weights.is_file():
+            try:
+                with safe_open(weights, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise AdapterError(f"{weights} is damaged or cut off ({error}). Save the adapter again.") from error
+        elif not weights.with_suffix(".bin").is_file():
+            raise AdapterError(f"`{key}: {path}` holds no {weights.name}. Save the adapter again.")
+        return cls(folder, config, key)
+
+
+def open_adapter(path: str, key: str) -> AdapterFolder:
+    """The adapter in a folder, or in a repository whose files are fetched into the hub's cache.
+
+    Args:
+        path: The folder, or ``<owner>/<name>``; a folder that is there comes first.
+        key: The YAML key that named it, for messages.
+
+    Raises:
+        AdapterError: If there is neither, the hub cannot be reached, or the adapter cannot be used.
+    """
+    if Path(path).expanduser().exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
+        return AdapterFolder.open(path, key)
+    try:
+        folder = snapshot_download(path, allow_patterns=["adapter_config.json", "adapter_model.*"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        offline = constants.HF_HUB_OFFLINE or isinstance(error, LocalEntryNotFoundError)
+        why = "is not in the hub's cache, and the hub is not reached from here" if offline else "is not on the hub"
+        unset = "; HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+        raise AdapterError(
+            f"`{key}: {path}` does not exist as a folder and {why} ({type(error).__name__}{unset}). "
+            f"Fetch it with `hf download {path}` where there is a network, or write: {key.rpartition('.')[2]}: <folder "
+            "with adapter_config.json>"
+        ) from error
+    return AdapterFolder.open(folder, key)

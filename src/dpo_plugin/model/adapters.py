@@ -11,21 +11,19 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.save_and_load import load_peft_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dpo_plugin.errors import AdapterError
-from dpo_plugin.model.adapter_config import adapter_settings, check_fresh_init, check_supported, read_adapter_config
-from dpo_plugin.model.modules_to_save import hold_in_fp32
+from dpo_plugin.model.adapter_config import AdapterFolder, adapter_settings, check_fresh_init
 
 # PEFT saves the adapter called "default" into the folder itself and any other into a folder of its own.
 POLICY = "default"
@@ -114,49 +112,6 @@ class PolicyReferenceModel(PeftModelForCausalLM):  # type: ignore[misc]
         """Save the policy adapter alone, as PEFT does, unless others are asked for."""
         chosen = list(selected_adapters) if selected_adapters is not None else [POLICY]
         super().save_pretrained(save_directory, *args, selected_adapters=chosen, **kwargs)
-
-
-@dataclass(frozen=True)
-class AdapterFolder:
-    """An adapter on disk, read without loading its weights.
-
-    Attributes:
-        path: Folder with ``adapter_config.json``.
-        config: Its contents.
-        key: The YAML key that named it, for messages.
-    """
-
-    path: Path
-    config: Mapping[str, Any] = field(repr=False)
-    key: str
-
-    @classmethod
-    def open(cls, path: str | Path, key: str) -> AdapterFolder:
-        """Read the config of an adapter folder.
-
-        Raises:
-            AdapterError: If a file is missing or damaged, or policy and reference cannot share a base with it.
-        """
-        folder, line = Path(path).expanduser(), key.rpartition(".")[2]
-        if not folder.is_dir():
-            raise AdapterError(f"`{key}: {path}` does not exist. Write: {line}: <folder with adapter_config.json>")
-        file = folder / "adapter_config.json"
-        if not file.is_file():
-            inside = sorted(child.parent.name for child in folder.glob("*/adapter_config.json"))
-            hint = f"{folder / inside[-1]}" if inside else "<folder with adapter_config.json>"
-            raise AdapterError(f"`{key}: {path}` holds no adapter_config.json. Write: {line}: {hint}")
-        config = read_adapter_config(file)
-        check_supported(config, key, folder)
-        weights = folder / "adapter_model.safetensors"
-        if weights.is_file():
-            try:
-                with safe_open(weights, framework="pt"):
-                    pass
-            except SafetensorError as error:
-                raise AdapterError(f"{weights} is damaged or cut off ({error}). Save the adapter again.") from error
-        elif not weights.with_suffix(".bin").is_file():
-            raise AdapterError(f"`{key}: {path}` holds no {weights.name}. Save the adapter again.")
-        return cls(folder, config, key)
 
 
 def attach(
@@ -273,3 +228,28 @@ def adapter_digest(model: PolicyReferenceModel, name: str, whole: Callable[[Tens
         digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(whole(tensor).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def hold_in_fp32(model: nn.Module, adapter: str) -> None:
+    """Hold an adapter's ``modules_to_save`` in fp32, while they compute in the base's dtype.
+
+    PEFT 0.20 casts the LoRA of a 16-bit base to fp32 (``autocast_adapter_dtype``) but copies these modules in 16 bits:
+    values lose digits as they are loaded, small steps are rounded away, and ZeRO-3 of DeepSpeed 0.19 stops because what
+    trains has two dtypes (runtime/zero/utils.py:218). Call this before the adapter's values are loaded.
+
+    Args:
+        model: The PEFT model.
+        adapter: The adapter's name.
+    """
+    for wrapper in model.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper) or adapter not in wrapper.modules_to_save:
+            continue
+        dtype = next(wrapper.original_module.parameters()).dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            module = wrapper.modules_to_save[adapter].float()
+            module.forward = partial(_compute_in, dtype, module.forward)
+
+
+def _compute_in(dtype: torch.dtype, forward: Any, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+    with torch.autocast(values.device.type, dtype):
+        return forward(values, *args, **kwargs).to(dtype)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dpo_plugin.config import ReferenceConfig
 from dpo_plugin.errors import CheckpointError, ConfigError
-from dpo_plugin.model.adapter_config import adapter_settings
-from dpo_plugin.model.adapters import POLICY, REFERENCE, AdapterFolder
+from dpo_plugin.model.adapter_config import AdapterFolder, adapter_settings
+from dpo_plugin.model.adapters import POLICY, REFERENCE
 from dpo_plugin.model.references import AdapterReference
 
 

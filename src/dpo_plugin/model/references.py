@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dpo_plugin.config import ReferenceConfig
 from dpo_plugin.errors import ConfigError
-from dpo_plugin.model.adapters import POLICY, REFERENCE, AdapterFolder, PolicyReferenceModel
+from dpo_plugin.model.adapter_config import AdapterFolder
+from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel
 from dpo_plugin.types import CompletionLogps, PairBatch
 
 Forward = Callable[[Any, PairBatch], CompletionLogps]

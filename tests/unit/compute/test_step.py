@@ -14,7 +14,8 @@ from dpo_plugin.compute.logps import run_model
 from dpo_plugin.compute.losses import LossOptions, sigmoid
 from dpo_plugin.compute.step import PreferenceStep, score_pairs
 from dpo_plugin.errors import NotFiniteError, ReferenceMismatchError
-from dpo_plugin.model.adapters import AdapterFolder, attach
+from dpo_plugin.model.adapter_config import AdapterFolder
+from dpo_plugin.model.adapters import attach
 from dpo_plugin.model.cache import CachedReference, ReferenceLogpCache
 from dpo_plugin.model.references import AdapterReference
 from tests.support import tiny

@@ -15,7 +15,8 @@ from dpo_plugin.compute.dropout import disable_dropout
 from dpo_plugin.compute.lm_head import ENTROPY, LOGP, ForwardOptions
 from dpo_plugin.compute.logps import pair_logps, run_model, sum_completions
 from dpo_plugin.compute.step_zero import largest_deviation, tolerance
-from dpo_plugin.model.adapters import REFERENCE, AdapterFolder, attach
+from dpo_plugin.model.adapter_config import AdapterFolder
+from dpo_plugin.model.adapters import REFERENCE, attach
 from tests.support import tiny
 
 aten = torch.ops.aten

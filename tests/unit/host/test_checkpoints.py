@@ -8,7 +8,7 @@ import pytest
 
 from dpo_plugin.errors import AdapterError, CheckpointError
 from dpo_plugin.host.output_dir.checkpoints import checkpoint_to_resume, file_digests, read_marker, write_marker
-from dpo_plugin.model.adapters import AdapterFolder
+from dpo_plugin.model.adapter_config import AdapterFolder
 from tests.fuzz.checkpoints import Bench, cases
 
 

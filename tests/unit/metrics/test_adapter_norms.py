@@ -10,7 +10,8 @@ from dpo_plugin.health.checks import CHECKS
 from dpo_plugin.health.history import History
 from dpo_plugin.metrics import adapter_norms as module
 from dpo_plugin.metrics.adapter_norms import AdapterNorms
-from dpo_plugin.model.adapters import AdapterFolder, attach
+from dpo_plugin.model.adapter_config import AdapterFolder
+from dpo_plugin.model.adapters import attach
 from dpo_plugin.types import RunFacts
 from tests.support import tiny
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config, 
 from dpo_plugin.compute.batching import PairCollator, to_pair_batch
 from dpo_plugin.compute.logps import run_model
 from dpo_plugin.errors import AdapterError, ConfigError
-from dpo_plugin.model.adapters import POLICY, REFERENCE, AdapterFolder, adapter_digest, adapter_tensors, attach
+from dpo_plugin.model.adapter_config import AdapterFolder
+from dpo_plugin.model.adapters import POLICY, REFERENCE, adapter_digest, adapter_tensors, attach
 from dpo_plugin.model.finite import weights_not_finite
 from tests.support import tiny
 

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from dpo_plugin.config import ReferenceConfig
 from dpo_plugin.errors import CheckpointError, ConfigError
-from dpo_plugin.model.adapters import AdapterFolder, attach
+from dpo_plugin.model.adapter_config import AdapterFolder
+from dpo_plugin.model.adapters import attach
 from dpo_plugin.model.ema import EmaReference
 from tests.support import host, tiny
 

@@ -6,7 +6,7 @@ import pytest
 
 from dpo_plugin.errors import AdapterError
 from dpo_plugin.host.plugin import DPOPlugin
-from dpo_plugin.model import hub
+from dpo_plugin.model import adapter_config
 from tests.support import host
 from tests.support.tiny import dpo_config
 
@@ -22,7 +22,7 @@ def cached(root, name, folder):
 def test_a_repository_in_the_cache(sft_dir, tmp_path, monkeypatch):
     cached(tmp_path, "owner/sft-adapter", sft_dir)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    found = hub.open_adapter("owner/sft-adapter", "lora_model_dir")
+    found = adapter_config.open_adapter("owner/sft-adapter", "lora_model_dir")
     assert found.path.parent.name == "snapshots"
     assert found.config["r"] == 8
 
@@ -42,17 +42,17 @@ def test_a_yaml_names_a_repository(base_dir, sft_dir, tmp_path, monkeypatch, key
 def test_a_folder_comes_first(sft_dir, tmp_path, monkeypatch):
     shutil.copytree(sft_dir, tmp_path / "owner" / "sft-adapter")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
-    assert str(hub.open_adapter("owner/sft-adapter", "lora_model_dir").path) == "owner/sft-adapter"
+    monkeypatch.setattr(adapter_config, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    assert str(adapter_config.open_adapter("owner/sft-adapter", "lora_model_dir").path) == "owner/sft-adapter"
     with pytest.raises(AdapterError, match=r"`lora_model_dir: ./owner/none` does not exist. Write: lora_model_dir:"):
-        hub.open_adapter("./owner/none", "lora_model_dir")
+        adapter_config.open_adapter("./owner/none", "lora_model_dir")
 
 
 @pytest.mark.parametrize("key", ["lora_model_dir", "dpo_plugin.reference.adapter_dir"])
 def test_offline(tmp_path, monkeypatch, key):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(AdapterError) as error:
-        hub.open_adapter("owner/sft-adapter", key)
+        adapter_config.open_adapter("owner/sft-adapter", key)
     said = str(error.value)
     assert "is not in the hub's cache, and the hub is not reached from here" in said
     assert "HF_HUB_OFFLINE is set" in said

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from dpo_plugin.compute import attention
 from dpo_plugin.errors import ConfigError
-from dpo_plugin.model.adapters import AdapterFolder, attach
+from dpo_plugin.model.adapter_config import AdapterFolder
+from dpo_plugin.model.adapters import attach
 from dpo_plugin.model.references import ReferenceStrategy
 from dpo_plugin.registry import get_registry
 from dpo_plugin.samples import generate as answers

@@ -27,7 +27,7 @@ from dpo_plugin.host.output_dir.resume import REFERENCE_STATE, load_reference
 from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.settings import RunSettings
 from dpo_plugin.host.yaml_keys import read_yaml
-from dpo_plugin.model.adapters import AdapterFolder
+from dpo_plugin.model.adapter_config import AdapterFolder
 from dpo_plugin.samples.prompts import read_prompts
 from dpo_plugin.samples.records import Sample, samples_table
 
