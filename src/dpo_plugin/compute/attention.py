@@ -160,11 +160,7 @@ def register() -> None:
 
 
 def prefix_sharing_blocker(config: Any) -> str | None:
-    """Say why a model cannot share prefixes; None if it can.
-
-    Args:
-        config: The model's transformers config.
-    """
+    """Say why a model of this transformers config cannot share prefixes; None if it can."""
     if config.model_type not in ARCHITECTURES:
         return f"prefix sharing is not tested on the architecture {config.model_type!r}"
     kinds = set(getattr(config, "layer_types", None) or ())

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from dpo_plugin.errors import DataError
 from dpo_plugin.types import PairBatch
@@ -108,16 +110,13 @@ def shared_segments(example: Example) -> tuple[int, int, int]:
 
 def padded_rows(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any]:
     """Lay out the fields of a `PairBatch` in two padded rows per pair."""
-    rows = [row for side in zip(*map(sequences, examples), strict=True) for row in side]
-    length = max(map(len, rows))
-    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
-    for number, row in enumerate(rows):
-        input_ids[number, : len(row)] = torch.tensor(row)
-        attention_mask[number, : len(row)] = 1
+    rows = [torch.tensor(row) for side in zip(*map(sequences, examples), strict=True) for row in side]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+    attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    starts = range(0, input_ids.numel(), input_ids.shape[1])
     logit_positions = [
-        torch.arange(length * number + first - 1, length * number + end - 1)
-        for number, (first, end) in enumerate(_completions(examples))
+        torch.arange(start + first - 1, start + end - 1)
+        for start, (first, end, _) in zip(starts, _completions(examples), strict=True)
     ]
     return {"input_ids": input_ids, "attention_mask": attention_mask, **_fields(examples, logit_positions)}
 
@@ -126,7 +125,7 @@ def flat_row(examples: Sequence[Example]) -> dict[str, Any]:
     """Lay out the fields of a flat `PairBatch`: nothing is read twice and nothing is padded."""
     ids: list[int] = []
     positions, segments, chosen_positions, rejected_positions = [], [], [], []
-    for example, (first, end) in zip(examples, _completions(examples), strict=False):
+    for example, (first, end, _) in zip(examples, _completions(examples), strict=False):
         chosen, rejected = sequences(example)
         prefix, *rest = shared_segments(example)
         start = len(ids)
@@ -144,27 +143,24 @@ def flat_row(examples: Sequence[Example]) -> dict[str, Any]:
     }
 
 
-def _completions(examples: Sequence[Example]) -> Iterator[tuple[int, int]]:
-    """Yield where each side's completion begins and ends; nothing predicts the first token of a row."""
+def _completions(examples: Sequence[Example]) -> Iterator[tuple[int, int, list[int]]]:
+    """Yield where each side's completion begins and ends, and its ids; nothing predicts the first token of a row."""
     for side in ("chosen_ids", "rejected_ids"):
         for example in examples:
-            prompt = len(example["prompt_ids"])
-            yield max(prompt, 1), prompt + len(example[side])
+            prompt, ids = len(example["prompt_ids"]), example[side]
+            first = max(prompt, 1)
+            yield first, prompt + len(ids), ids[first - prompt :]
 
 
 def _fields(examples: Sequence[Example], logit_positions: list[Tensor]) -> dict[str, Any]:
     pairs = len(examples)
     lengths = [len(positions) for positions in logit_positions]
-    labels = [
-        row[first:end]
-        for side, (first, end) in enumerate(_completions(examples))
-        for row in [sequences(examples[side % pairs])[side // pairs]]
-    ]
-    shorter = [min(lengths[side % pairs], lengths[side % pairs + pairs]) for side in range(2 * pairs)]
+    labels = [token for *_, label in _completions(examples) for token in label]
+    shorter = [*map(min, lengths[:pairs], lengths[pairs:])] * 2
     beyond_shorter = [torch.arange(length) >= least for length, least in zip(lengths, shorter, strict=True)]
     return {
         "logit_positions": torch.cat(logit_positions),
-        "labels": torch.tensor([token for label in labels for token in label], dtype=torch.long),
+        "labels": torch.tensor(labels, dtype=torch.long),
         "lengths": lengths,
         "beyond_shorter": torch.cat(beyond_shorter),
         "num_pairs": pairs,
@@ -181,17 +177,9 @@ def pad_right(batch: dict[str, Any], pad_token_id: int, multiple: int) -> dict[s
     if not extra:
         return batch
     fill = {"input_ids": pad_token_id, "attention_mask": 0, "position_ids": 0}
-    padded = {
-        name: torch.nn.functional.pad(batch[name], (0, extra), value=value)
-        for name, value in fill.items()
-        if name in batch
-    }
-    logit_positions = batch["logit_positions"]
-    return {
-        **batch,
-        **padded,
-        "logit_positions": logit_positions // length * (length + extra) + logit_positions % length,
-    }
+    padded = {name: pad(batch[name], (0, extra), value=value) for name, value in fill.items() if name in batch}
+    positions = batch["logit_positions"]
+    return {**batch, **padded, "logit_positions": positions // length * (length + extra) + positions % length}
 
 
 def row_hash(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> bytes:

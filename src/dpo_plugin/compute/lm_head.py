@@ -48,7 +48,8 @@ def scoring_head(head: Any, batch: PairBatch, options: ForwardOptions) -> Iterat
     def forward(hidden: Tensor) -> Tensor:
         rows = hidden.flatten(0, -2)[batch.logit_positions]
         trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
-        scores = chunked_scores(logits_of, rows, batch.labels, options, trains, _vocabulary(head), _is_product(head))
+        vocabulary = int(getattr(head, "out_features", None) or head.weight.shape[0])
+        scores = chunked_scores(logits_of, rows, batch.labels, options, trains, vocabulary, _is_product(head))
         return scores[None]
 
     head.forward = forward
@@ -67,10 +68,6 @@ def _is_product(head: Any) -> bool:
         and getattr(head, "bias", None) is None
         and head.weight.dtype in (torch.float32, torch.float64)
     )
-
-
-def _vocabulary(head: Any) -> int:
-    return int(getattr(head, "out_features", None) or head.weight.shape[0])
 
 
 def chunked_scores(

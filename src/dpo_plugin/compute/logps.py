@@ -31,14 +31,10 @@ def run_model(model: Callable[..., Any], batch: PairBatch, options: ForwardOptio
     The head's own forward is what is called, inside the root's, so that ZeRO-3 and FSDP2 gather its weight. Where
     logits are changed behind the head (soft-cap, scale), those of the rows with a completion token are computed whole.
 
-    Args:
-        model: The model as the engine wrapped it.
-        batch: The pairs; a flat batch needs a model set to `dpo_plugin.compute.attention.NAME`.
-        options: How completions are scored.
-
     Raises:
-        ValueError: For a flat batch on a model with another attention, which would lose the prompt of rejected; or if
-            the engine rounds what the root returns, as FSDP2 does with a low ``output_dtype``.
+        ValueError: For a flat batch on a model with another attention than `dpo_plugin.compute.attention.NAME`, which
+            would lose the prompt of rejected; or if the engine rounds what the root returns, as FSDP2 does with a low
+            ``output_dtype``.
     """
     options = options or ForwardOptions()
     inner = unwrapped(model)
@@ -89,13 +85,7 @@ def _rows_to_keep(batch: PairBatch) -> tuple[Tensor, Tensor]:
 
 
 def sum_completions(scores: Tensor, batch: PairBatch, options: ForwardOptions) -> CompletionLogps:
-    """Sum and average over each side's tokens.
-
-    Args:
-        scores: (tokens, columns) of `token_scores`.
-        batch: The batch that was run.
-        options: How completions are scored.
-    """
+    """Sum and average the scores of `token_scores`, (tokens, columns), over each side's tokens."""
 
     def per_side(values: Tensor) -> Tensor:
         return sum_per_side(values, batch).to(values.dtype)
@@ -116,23 +106,16 @@ def sum_completions(scores: Tensor, batch: PairBatch, options: ForwardOptions) -
     return CompletionLogps(per_side(logps), tokens, means[:, MEAN_LOGIT], weights, entropy, unweighted)
 
 
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """Choose the dtype of long sums: fp64, so that they keep their digits; Apple's GPUs have none."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def sum_per_side(values: Tensor, batch: PairBatch) -> Tensor:
-    """Sum over each side's tokens, (2 * pairs, ...), in the same order each time, gradients included.
+    """Sum (tokens, ...) over each side's tokens, (2 * pairs, ...), in the same order each time, gradients included.
 
     ``index_add``, ``scatter_add`` and ``cumsum`` add in any order on CUDA (torch.use_deterministic_algorithms), which
     in fp32 moved the reward of an answer of 4,096 tokens by up to 2.7e-3 at β = 0.1 while policy and reference were
     equal. Here each side is a row of its own, and rows are summed; nothing is written twice, so backward only copies.
-
-    Args:
-        values: (tokens, ...), side after side.
-        batch: The batch that was run.
+    Long sums keep their digits in fp64, which Apple's GPUs have not.
     """
-    rows = list(torch.split(values.to(sum_dtype(values.device)), list(batch.lengths)))
+    dtype = torch.float32 if values.device.type == "mps" else torch.float64
+    rows = list(torch.split(values.to(dtype), list(batch.lengths)))
     return nn.utils.rnn.pad_sequence(rows, batch_first=True).sum(dim=1)
 
 
@@ -144,14 +127,7 @@ def completion_logps(logits: Tensor, batch: PairBatch, options: ForwardOptions |
 
 
 def pair_logps(policy: CompletionLogps, ref_logps: Tensor, beta: float, sources: Sequence[str] = ()) -> PairLogps:
-    """Put policy and reference side by side.
-
-    Args:
-        policy: The policy's log-probs, (2 * pairs,).
-        ref_logps: (pairs, 2) fp32 nats: chosen, rejected.
-        beta: β.
-        sources: One per pair.
-    """
+    """Put the policy's log-probs, (2 * pairs,), and the reference's, (pairs, 2) fp32 nats, side by side."""
     chosen, rejected = policy.sums.chunk(2)
     chosen_tokens, rejected_tokens = policy.tokens.chunk(2)
     chosen_logits, rejected_logits = policy.mean_logits.chunk(2)
@@ -179,14 +155,7 @@ def total_loss(
     options: LossOptions,
     wpo_weights: Tensor | None = None,
 ) -> Tensor:
-    """Add up weighted losses, (pairs,).
-
-    Args:
-        logps: Policy and reference.
-        losses: Name → loss and its weight.
-        options: Settings that losses share.
-        wpo_weights: (2 * pairs,) weights that scale each pair's loss by the product of its two.
-    """
+    """Add up losses times their weights, (pairs,), each scaled by the product of its pair's two ``wpo_weights``."""
     total = torch.zeros_like(logps.policy_chosen_logps)
     for loss, weight in losses.values():
         total = total + weight * loss(logps, options)

@@ -66,13 +66,8 @@ def check_split(losses: Mapping[str, Loss]) -> None:
     )
 
 
-def check_divergence(config: LossConfig, losses: Mapping[str, Loss], known: Mapping[str, Loss]) -> None:
-    """Check that the config's f-divergence has a meaning for every loss.
-
-    Args:
-        config: The section ``loss``.
-        losses: The losses of the run, by name.
-        known: All that are registered.
+def check_divergence(config: LossConfig, losses: Mapping[str, Loss], registered: Mapping[str, Loss]) -> None:
+    """Check that the config's f-divergence has a meaning for every loss of the run.
 
     Raises:
         ConfigError: Naming the losses that it has none for, and those that take it.
@@ -81,7 +76,7 @@ def check_divergence(config: LossConfig, losses: Mapping[str, Loss], known: Mapp
     plain = given == "reverse_kl" or (given == "alpha_divergence" and config.f_alpha == 1)
     refused = [name for name, loss in losses.items() if not traits_of(loss).takes_divergence]
     if refused and not plain:
-        takers = sorted(name for name, loss in known.items() if traits_of(loss).takes_divergence)
+        takers = sorted(name for name, loss in registered.items() if traits_of(loss).takes_divergence)
         raise ConfigError(
             f"`dpo_plugin.loss.f_divergence: {given}` has no meaning for the loss {', '.join(refused)}, which is not "
             f"a function of the difference of two scores; it has for {', '.join(takers)}. "
@@ -89,20 +84,15 @@ def check_divergence(config: LossConfig, losses: Mapping[str, Loss], known: Mapp
         )
 
 
-def check_smoothing(given: Any, losses: Mapping[str, Loss], known: Mapping[str, Loss]) -> None:
-    """Check ``dpo_label_smoothing`` against what the losses do with it.
-
-    Args:
-        given: Its value.
-        losses: The losses of the run, by name.
-        known: All that are registered.
+def check_smoothing(given: Any, losses: Mapping[str, Loss], registered: Mapping[str, Loss]) -> None:
+    """Check the value of ``dpo_label_smoothing`` against what the losses of the run do with it.
 
     Raises:
         ConfigError: If no loss uses it, one needs it, or it is not a share below one half.
     """
     smoothing = given or 0
     if smoothing and not any(traits_of(loss).uses_label_smoothing for loss in losses.values()):
-        users = sorted(name for name, loss in known.items() if traits_of(loss).uses_label_smoothing)
+        users = sorted(name for name, loss in registered.items() if traits_of(loss).uses_label_smoothing)
         raise ConfigError(
             f"`dpo_label_smoothing: {given}` is not used by {', '.join(losses)}, only by {', '.join(users)}. "
             "Write: dpo_label_smoothing: 0"

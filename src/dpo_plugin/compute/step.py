@@ -31,14 +31,7 @@ _SIDES = {
 def score_pairs(
     model: Any, batch: PairBatch, forward: Forward, reference: Callable[[Any, PairBatch], Tensor], beta: float
 ) -> tuple[PairLogps, Tensor | None]:
-    """Run policy and reference, in this order.
-
-    Args:
-        model: The policy as the engine wrapped it.
-        batch: The pairs.
-        forward: Runs the policy.
-        reference: Gives the reference's log-probs, (pairs, 2) fp32 nats: chosen, rejected.
-        beta: β.
+    """Run the policy, as the engine wrapped it, and then the reference, which gives (pairs, 2) fp32 nats.
 
     Returns:
         Both side by side, and the policy's WPO weights, (2 * pairs,) or None.
@@ -84,13 +77,7 @@ class PreferenceStep:
     step_zero_dtype: torch.dtype | None = None
 
     def __call__(self, model: Any, batch: PairBatch, counted: Sequence[int], training: bool) -> StepResult:
-        """Compute loss and log-probs of a micro-batch.
-
-        Args:
-            model: The policy as the engine wrapped it.
-            batch: The pairs.
-            counted: Indices of the pairs that count; the others only keep ranks together.
-            training: Whether the policy is trained on it, rather than evaluated.
+        """Compute loss and log-probs of a micro-batch; pairs not at an index in ``counted`` only keep ranks together.
 
         Raises:
             NotFiniteError: If a log-probability is NaN or infinite.
@@ -108,16 +95,10 @@ class PreferenceStep:
         return StepResult(loss, logps.only(counted) if counted else None)
 
     def reference_logps(self, model: Any, batch: PairBatch, anew: bool = False) -> Tensor:
-        """Get the reference's log-probs from the cache, or compute and cache them.
+        """Get the reference's log-probs, (pairs, 2) fp32 nats: chosen, rejected; from the cache if all are there.
 
-        Args:
-            model: The policy as the engine wrapped it.
-            batch: The pairs.
-            anew: Run the reference even if all rows are cached; equal on all ranks. Cached log-probs come from batches
-                of another shape, which in bf16 moves them by more than the tolerance of step 0.
-
-        Returns:
-            (pairs, 2) fp32 nats: chosen, rejected.
+        With ``anew``, equal on all ranks, the reference is run all the same: cached log-probs come from batches of
+        another shape, which in bf16 moves them by more than the tolerance of step 0.
         """
         return self.reference.logps(model, batch, self._reference_forward, anew)
 

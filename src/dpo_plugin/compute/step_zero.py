@@ -67,12 +67,7 @@ class Deviation:
 
 
 def largest_deviation(logps: PairLogps, dtype: torch.dtype) -> Deviation:
-    """Find the deviation that exceeds its `tolerance` most.
-
-    Args:
-        logps: Policy and reference.
-        dtype: The coarsest that the forward computes in.
-    """
+    """Find the deviation that exceeds its `tolerance` most in a forward whose coarsest dtype is this."""
     reference = torch.cat([logps.ref_chosen_logps, logps.ref_rejected_logps])
     tokens = torch.cat([logps.chosen_tokens, logps.rejected_tokens])
     apart = torch.cat([logps.chosen_logratios, logps.rejected_logratios]).detach().abs()
