@@ -24,9 +24,6 @@ TOO_LONG = "too long"
 EQUAL_AFTER_CUT = "identical after the cut"
 DUPLICATE = "duplicate"
 
-LENGTH_REASONS = frozenset({TOO_LONG, EQUAL_AFTER_CUT})
-"""Reasons that are the config's doing; every other one, but `DUPLICATE`, is the data's."""
-
 _EXAMPLES = 5
 _LONGEST_MESSAGE = 200  # characters of an example; messages may quote the row
 _PERCENTILES = (50, 90, 95, 99, 100)
@@ -127,8 +124,8 @@ def check_usable(audit: Mapping[str, Any], sequence_len: int, max_bad_rows: floa
         DataError: Saying what to change.
     """
     out: Mapping[str, int] = audit["left_out"]
-    too_long = sum(out.get(reason, 0) for reason in LENGTH_REASONS)
-    bad = sum(out.values()) - too_long - out.get(DUPLICATE, 0)
+    too_long = out.get(TOO_LONG, 0) + out.get(EQUAL_AFTER_CUT, 0)  # the config's doing
+    bad = sum(out.values()) - too_long - out.get(DUPLICATE, 0)  # the data's
     named = f"`{audit['where']}` ({audit['path']})"
     first = one_line("; ".join(f"row {row['row']}: {row['message']}" for row in audit["examples"][:3]), 200)
     if not audit["read"]:

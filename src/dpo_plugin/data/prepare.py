@@ -112,10 +112,7 @@ class Preparation:
         return data, audit
 
     def batches(self, audit: Audit) -> Iterator[pa.RecordBatch]:
-        """Prepare all rows, `_BATCH` at a time, so that memory does not grow with the data.
-
-        Args:
-            audit: Where each row is counted.
+        """Prepare and count all rows, `_BATCH` at a time, so that memory does not grow with the data.
 
         Raises:
             DataError: With ``excess_length_strategy: raise``, for the first pair that is too long.

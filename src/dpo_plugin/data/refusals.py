@@ -31,13 +31,8 @@ def refuse_special_tokens(pair: PreferencePair, control_token: re.Pattern[str]) 
 def refuse_loss(text: str, given: Iterable[str], template: str) -> None:
     """Refuse a rendered text in which something is missing that was given; a template may trim it.
 
-    Args:
-        text: What the template wrote.
-        given: Each text that it must show.
-        template: What to call the template.
-
     Raises:
-        RowError: Naming the first text that is missing.
+        RowError: Naming the template and the first text that is missing.
     """
     for wanted in map(str.strip, given):
         if wanted not in text:

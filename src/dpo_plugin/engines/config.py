@@ -151,7 +151,12 @@ def check_parallel(cfg: Mapping[str, Any], engine: EngineSettings) -> None:
                 f"`{key}: {cfg[key]}` splits rows or layers over GPUs, but log-probabilities need whole rows and whole "
                 f"layers. Shard the model with deepspeed or fsdp_config instead. Write: {key}: 1"
             )
-    _check_devices()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if torch.cuda.is_available() and here > torch.cuda.device_count():
+        raise ConfigError(
+            f"{here} processes were launched on this machine, which has {torch.cuda.device_count()} GPUs. "
+            f"Write: --nproc_per_node {torch.cuda.device_count()}"
+        )
     _check_deepspeed(cfg, engine)
     check_fsdp(cfg, engine)
 
@@ -186,7 +191,7 @@ def read_deepspeed(setting: Any) -> Mapping[str, Any]:
     """Read the DeepSpeed settings from a file, or as the YAML gives them.
 
     Raises:
-        ConfigError: If the file is missing or does not hold a JSON object.
+        ConfigError: If the file is missing or holds no JSON object, or a key's value cannot be right, naming the key.
     """
     if isinstance(setting, Mapping):
         return setting
@@ -201,19 +206,10 @@ def read_deepspeed(setting: Any) -> Mapping[str, Any]:
         raise ConfigError(
             f"`deepspeed: {setting}` is a {type(found).__name__}, not a JSON object. Write: deepspeed: {SHIPPED}"
         )
-    return typed_deepspeed(found, str(setting))
-
-
-def typed_deepspeed(found: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """Validate the keys of a DeepSpeed config that are looked at.
-
-    Raises:
-        ConfigError: Naming the file and the first key whose value cannot be what it means.
-    """
     try:
         return DeepSpeed.model_validate(found).model_dump(exclude_unset=True)
     except ValidationError as error:
-        raise ConfigError(f"`deepspeed: {file}`: {message(error, DeepSpeed)}") from error
+        raise ConfigError(f"`deepspeed: {setting}`: {message(error, DeepSpeed)}") from error
 
 
 def offloads(zero: Mapping[str, Any]) -> dict[str, bool]:
@@ -221,15 +217,6 @@ def offloads(zero: Mapping[str, Any]) -> dict[str, bool]:
     keys = {"offload_parameters": "offload_param", "offload_optimizer": "offload_optimizer"}
     sections = {name: zero.get(key) or {} for name, key in keys.items()}
     return {name: (section.get("device") or "none") != "none" for name, section in sections.items()}
-
-
-def _check_devices() -> None:
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    if torch.cuda.is_available() and here > torch.cuda.device_count():
-        raise ConfigError(
-            f"{here} processes were launched on this machine, which has {torch.cuda.device_count()} GPUs. "
-            f"Write: --nproc_per_node {torch.cuda.device_count()}"
-        )
 
 
 def _check_deepspeed(cfg: Mapping[str, Any], engine: EngineSettings) -> None:

@@ -60,12 +60,8 @@ class _LoraSettings(BaseModel):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
 
-def read_adapter_config(file: Path) -> dict[str, Any]:
-    """Read an ``adapter_config.json`` and check that PEFT would use it as written.
-
-    Raises:
-        AdapterError: Naming the key that cannot be what PEFT wrote; a kind other than LORA is left to the caller.
-    """
+def _read_config(file: Path) -> dict[str, Any]:
+    """Read an ``adapter_config.json`` and, of a LoRA, check that PEFT would use it as written."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -92,24 +88,15 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def check_supported(config: Mapping[str, Any], key: str, folder: Path) -> None:
-    """Check that policy and reference can be adapters of this kind on one base.
-
-    Args:
-        config: What `read_adapter_config` returned.
-        key: The YAML key that named the adapter.
-        folder: The adapter's folder.
-
-    Raises:
-        AdapterError: If they cannot, with what to write instead.
-    """
+def _check_supported(config: Mapping[str, Any], key: str, folder: Path) -> None:
+    """Check that policy and reference can be adapters of this kind on one base."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise AdapterError(
             f"`{key}: {folder}` is a {kind} adapter. Only LoRA is supported: policy and reference share one base. "
             f"Write: {key}: <folder of a LoRA adapter>"
         )
-    check_saved_init(config.get("init_lora_weights"), key, folder)
+    _check_saved_init(config.get("init_lora_weights"), key, folder)
     merge = "Merge it into the base and write: adapter: lora, without lora_model_dir"
     if (bias := config.get("bias", "none")) != "none":
         raise AdapterError(
@@ -122,25 +109,17 @@ def check_supported(config: Mapping[str, Any], key: str, folder: Path) -> None:
         )
 
 
-SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")
+_SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")
 """Values (or how they begin) of ``init_lora_weights`` with which PEFT 0.20 subtracts the start, s·B₀A₀, from the base's
 weights, which policy and reference share: each added adapter subtracts it again (tuners/lora/layer.py,
 ``update_layer``)."""
 
 
-def check_saved_init(init: Any, key: str, path: Any) -> None:
-    """Check how a saved adapter was initialised.
+def _check_saved_init(init: Any, key: str, path: Path) -> None:
+    """Check by its ``init_lora_weights`` that a saved adapter was trained on the base that is on disk.
 
     PEFT's own ``from_pretrained`` initialises it again, which gives the trained model back only if that start is
     deterministic: ``pissa_niter_4`` came out 1.2 nats off on 14 tokens, CorDA is an error, LoRA-GA subtracts nothing.
-
-    Args:
-        init: ``init_lora_weights`` of its ``adapter_config.json``.
-        key: The YAML key that named it.
-        path: Its folder.
-
-    Raises:
-        AdapterError: If the base that it was trained on is not the one on disk.
     """
     if init == "loftq":
         raise AdapterError(
@@ -148,7 +127,7 @@ def check_saved_init(init: Any, key: str, path: Any) -> None:
             "with PEFT: PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(<merged>). "
             "Write: base_model: <merged>, without lora_model_dir"
         )
-    if str(init).lower().startswith(SUBTRACTED):
+    if str(init).lower().startswith(_SUBTRACTED):
         raise AdapterError(
             f"`{key}: {path}` has init_lora_weights: {init}, and its start is to be subtracted from the base, once for "
             "each adapter. Convert it to plain LoRA with PEFT: model.save_pretrained(<plain>, path_initial_model_for_"
@@ -162,7 +141,7 @@ def check_fresh_init(init: Any) -> None:
     Raises:
         ConfigError: If the base would be changed, which is the reference.
     """
-    if str(init).lower().startswith((*SUBTRACTED, "loftq")):
+    if str(init).lower().startswith((*_SUBTRACTED, "loftq")):
         key = "peft.loftq_config" if init == "loftq" else "peft_init_lora_weights"
         raise ConfigError(
             f"`{key}` asks for a fresh LoRA of kind {init}, which changes the base model, and the base "
@@ -228,8 +207,8 @@ class AdapterFolder:
             inside = sorted(child.parent.name for child in folder.glob("*/adapter_config.json"))
             hint = f"{folder / inside[-1]}" if inside else "<folder with adapter_config.json>"
             raise AdapterError(f"`{key}: {path}` holds no adapter_config.json. Write: {line}: {hint}")
-        config = read_adapter_config(file)
-        check_supported(config, key, folder)
+        config = _read_config(file)
+        _check_supported(config, key, folder)
         weights = folder / "adapter_model.safetensors"
         if weights.is_file():
             try:

@@ -236,10 +236,6 @@ def hold_in_fp32(model: nn.Module, adapter: str) -> None:
     PEFT 0.20 casts the LoRA of a 16-bit base to fp32 (``autocast_adapter_dtype``) but copies these modules in 16 bits:
     values lose digits as they are loaded, small steps are rounded away, and ZeRO-3 of DeepSpeed 0.19 stops because what
     trains has two dtypes (runtime/zero/utils.py:218). Call this before the adapter's values are loaded.
-
-    Args:
-        model: The PEFT model.
-        adapter: The adapter's name.
     """
     for wrapper in model.modules():
         if not isinstance(wrapper, ModulesToSaveWrapper) or adapter not in wrapper.modules_to_save:

@@ -234,11 +234,7 @@ class CachedReference:
     def logps(self, model: Any, batch: PairBatch, forward: Forward, anew: bool = False) -> Tensor:
         """Get log-probs, (pairs, 2) fp32 nats; from the cache if every rank has all of its rows there.
 
-        Args:
-            model: As in `ReferenceStrategy.run`.
-            batch: The pairs.
-            forward: As in `ReferenceStrategy.run`.
-            anew: Run the reference even if all rows are cached; equal on all ranks.
+        With ``anew``, equal on all ranks, the reference is run even if all rows are cached.
         """
         if self.cache is None:
             self.forwards += 1

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel
+from dpo_plugin.model.adapters import PolicyReferenceModel
 
 CURES = {
     "base model": "base_model: <a model whose weights are finite>",
@@ -21,13 +21,9 @@ CURES = {
 
 
 def weights_not_finite(model: nn.Module, ref_model: nn.Module | None = None) -> str | None:
-    """Say which weights are NaN or infinite, and what to write; None if none are.
+    """Say which weights of the models are NaN or infinite, and what to write; None if none are.
 
     Under ZeRO-3 and FSDP2 a rank looks at the part that it holds; it does not wait for others, which may not ask.
-
-    Args:
-        model: The model that is trained, adapters included.
-        ref_model: The second model, if there is one.
     """
     for owner, name, values in _weights(model, ref_model):
         if values.is_floating_point() and (count := int((~values.isfinite()).sum())):
@@ -39,15 +35,15 @@ def weights_not_finite(model: nn.Module, ref_model: nn.Module | None = None) -> 
 
 
 def _weights(model: nn.Module, ref_model: nn.Module | None) -> Iterator[tuple[str, str, Tensor]]:
-    adapters = {}
+    owners: dict[str, str] = {}
     if isinstance(model, PolicyReferenceModel):
-        adapters = {name: f".{POLICY}." in f"{name}." for name, _ in model.adapter_parameters()}
-    own = "base model" if adapters else "trained model"
-    for name, parameter in model.named_parameters():
-        owner = ("policy adapter" if adapters[name] else "reference adapter") if name in adapters else own
-        yield from ((owner, name, part) for part in _held(parameter))
-    for name, parameter in ref_model.named_parameters() if ref_model is not None else ():
-        yield from (("reference model", name, part) for part in _held(parameter))
+        owners |= {name: "reference adapter" for name, _ in model.adapter_parameters()}
+        owners |= {name: "policy adapter" for name, _ in model.policy_parameters()}
+    own = "base model" if owners else "trained model"
+    named = [(owners.get(name, own), name, parameter) for name, parameter in model.named_parameters()]
+    if ref_model is not None:
+        named += [("reference model", name, parameter) for name, parameter in ref_model.named_parameters()]
+    return ((owner, name, part) for owner, name, parameter in named for part in _held(parameter))
 
 
 @torch.no_grad()
