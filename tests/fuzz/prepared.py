@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_plugin.data.formats import FORMATS
-from dpo_plugin.data.lengths import LengthLimit
-from dpo_plugin.data.prepare import Preparation, PrepareOptions
+from dpo_plugin.data.prepare import LengthLimit, Preparation, PrepareOptions
 from dpo_plugin.data.render import Renderer
 from dpo_plugin.data.sources import local_source
 from dpo_plugin.errors import DPOPluginError

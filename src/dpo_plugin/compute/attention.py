@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -43,7 +43,6 @@ class PairSegments:
         self.padding = length - sum(map(sum, lengths))
         self.device = device
         self._masks: dict[tuple[int, int], Tensor] = {}
-        self._varlen: tuple[Tensor, Tensor, Tensor, int, int] | None = None
 
     def rejected_mask(self, prefix: int, rejected: int) -> Tensor:
         """Mask rejected, (rejected, prefix + rejected) bool: it sees the whole prefix, and itself causally."""
@@ -53,21 +52,20 @@ class PairSegments:
             self._masks[key] = ones.tril(prefix)
         return self._masks[key]
 
+    @cached_property
     def varlen(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """Give key positions, cumulative query and key lengths, and the longest query and key, for `varlen_attn`."""
-        if self._varlen is None:
-            start, index, queries, keys = 0, [], [0], [0]
-            for prefix, chosen, rejected in self.lengths:
-                own = start + prefix + chosen
-                index += [torch.arange(start, own), torch.arange(start, start + prefix)]
-                index += [torch.arange(own, own + rejected)]
-                queries += [queries[-1] + prefix + chosen, queries[-1] + prefix + chosen + rejected]
-                keys += [keys[-1] + prefix + chosen, keys[-1] + prefix + chosen + prefix + rejected]
-                start = own + rejected
-            longest_q, longest_k = (max(b - a for a, b in pairwise(ends)) for ends in (queries, keys))
-            ends_q, ends_k = (torch.tensor(ends, dtype=torch.int32, device=self.device) for ends in (queries, keys))
-            self._varlen = (torch.cat(index).to(self.device), ends_q, ends_k, longest_q, longest_k)
-        return self._varlen
+        start, index, queries, keys = 0, [], [0], [0]
+        for prefix, chosen, rejected in self.lengths:
+            own = start + prefix + chosen
+            index += [torch.arange(start, own), torch.arange(start, start + prefix)]
+            index += [torch.arange(own, own + rejected)]
+            queries += [queries[-1] + prefix + chosen, queries[-1] + prefix + chosen + rejected]
+            keys += [keys[-1] + prefix + chosen, keys[-1] + prefix + chosen + prefix + rejected]
+            start = own + rejected
+        longest_q, longest_k = (max(b - a for a, b in pairwise(ends)) for ends in (queries, keys))
+        ends_q, ends_k = (torch.tensor(ends, dtype=torch.int32, device=self.device) for ends in (queries, keys))
+        return torch.cat(index).to(self.device), ends_q, ends_k, longest_q, longest_k
 
 
 def shared_prefix_attention(
@@ -116,7 +114,7 @@ def _by_sdpa(
 def _by_varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, segments: PairSegments) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    index, ends_q, ends_k, longest_q, longest_k = segments.varlen()
+    index, ends_q, ends_k, longest_q, longest_k = segments.varlen
     tokens = query.shape[2] - segments.padding
     queries = query[0, :, :tokens].transpose(0, 1).contiguous()
     keys, values = (x[0].transpose(0, 1)[index] for x in (key, value))

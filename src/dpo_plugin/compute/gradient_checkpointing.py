@@ -62,10 +62,7 @@ def saved_bytes_per_token(layer: nn.Module, config: Any, device: torch.device | 
     dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point() and not p.requires_grad), torch.float32)
     hidden = torch.zeros(1, tokens, config.hidden_size, device=device, dtype=dtype, requires_grad=True)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rotary = (
-        torch.ones(1, tokens, head, device=device, dtype=dtype),
-        torch.zeros(1, tokens, head, device=device, dtype=dtype),
-    )
+    cosine = torch.ones(1, tokens, head, device=device, dtype=dtype)
     own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     seen: dict[int, int] = {}
 
@@ -79,7 +76,7 @@ def saved_bytes_per_token(layer: nn.Module, config: Any, device: torch.device | 
     layer.gradient_checkpointing = False  # type: ignore[assignment]
     try:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            output = layer(hidden, attention_mask=None, position_embeddings=rotary)
+            output = layer(hidden, attention_mask=None, position_embeddings=(cosine, torch.zeros_like(cosine)))
         del output
     except Exception:  # of any kind: another library's layer, called in a way that it may not know
         return None

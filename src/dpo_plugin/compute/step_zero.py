@@ -77,11 +77,7 @@ def largest_deviation(logps: PairLogps, dtype: torch.dtype) -> Deviation:
 
 
 def check_policy_is_reference(logps: PairLogps, dtype: torch.dtype) -> None:
-    """Check that policy and reference, which start from the same weights, give the same log-probs.
-
-    Args:
-        logps: Policy and reference before the first step, both run on the same batch.
-        dtype: The coarsest that the forward computes in.
+    """Check that policy and reference, which start from the same weights, give the same log-probs on one batch.
 
     Raises:
         ReferenceMismatchError: If they differ by more than rounding explains.

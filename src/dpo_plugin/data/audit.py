@@ -162,10 +162,8 @@ def audit_lines(audits: Iterable[Mapping[str, Any]]) -> list[str]:
         lines += [f"  row {row['row']}: {row['reason']}: {row['message']}" for row in audit["examples"]]
         sources = audit["by_source"]
         if len(sources) > 1:
-            lines.append(
-                "  kept by source: "
-                + ", ".join(f"{name or '(none)'} {n.get('kept', 0)}" for name, n in sources.items())
-            )
+            kept = ", ".join(f"{name or '(none)'} {n.get('kept', 0)}" for name, n in sources.items())
+            lines.append(f"  kept by source: {kept}")
         if lengths := audit["lengths"]:
             for name in ("prompt", "chosen", "rejected"):
                 numbers = ", ".join(f"{share} {value}" for share, value in lengths[name].items())

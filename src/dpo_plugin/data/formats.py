@@ -13,6 +13,7 @@ from typing import Any
 
 from dpo_plugin.config import ColumnsConfig
 from dpo_plugin.data.audit import EMPTY, IDENTICAL
+from dpo_plugin.data.files import Row
 from dpo_plugin.errors import RowError
 from dpo_plugin.types import Message, PreferencePair, RenderedPair
 
@@ -36,11 +37,11 @@ class Columns(ColumnsConfig):
     roles: Mapping[str, str] = ROLES
 
 
-PreferenceFormat = Callable[[Mapping[str, Any], Columns], PreferencePair | RenderedPair]
+PreferenceFormat = Callable[[Row, Columns], PreferencePair | RenderedPair]
 """Reads a row; raises `RowError` where a column is missing, of another type, or empty, and for what it says itself."""
 
 
-def conversations(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
+def conversations(row: Row, columns: Columns) -> PreferencePair:
     """Two whole conversations: mlabonne/orpo-dpo-mix-40k, argilla/dpo-mix-7k, argilla's other DPO sets.
 
     The shared history is the longest common prefix of their messages; what follows is each one's completion.
@@ -58,7 +59,7 @@ def conversations(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
     return _pair(row, columns, chosen[:shared], chosen[shared:], rejected[shared:])
 
 
-def ultrafeedback(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
+def ultrafeedback(row: Row, columns: Columns) -> PreferencePair:
     """HuggingFaceH4/ultrafeedback_binarized: two conversations that open with the text in ``prompt``.
 
     Raises:
@@ -71,7 +72,7 @@ def ultrafeedback(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
     return pair
 
 
-def prompt_answers(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
+def prompt_answers(row: Row, columns: Columns) -> PreferencePair:
     """``prompt`` (text or messages) and two answers, with an optional ``system``: jondurbin/truthy-dpo-v0.1.
 
     An answer is text, one message, or the messages that follow the prompt.
@@ -79,12 +80,12 @@ def prompt_answers(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
     return _answered(row, columns, columns.prompt)
 
 
-def messages_answers(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
+def messages_answers(row: Row, columns: Columns) -> PreferencePair:
     """``messages`` (the history) and two answers, as axolotl's ``chat_template.default`` reads them."""
     return _answered(row, columns, columns.messages)
 
 
-def question_answers(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
+def question_answers(row: Row, columns: Columns) -> PreferencePair:
     """``system``, ``question`` and two answers: Intel/orca_dpo_pairs."""
     return _answered(row, columns, columns.question)
 
@@ -92,7 +93,7 @@ def question_answers(row: Mapping[str, Any], columns: Columns) -> PreferencePair
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
-def hh_rlhf(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
+def hh_rlhf(row: Row, columns: Columns) -> PreferencePair:
     r"""Two transcripts ``\n\nHuman: … \n\nAssistant: …``: Anthropic/hh-rlhf.
 
     Raises:
@@ -102,7 +103,7 @@ def hh_rlhf(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
     return conversations({**row, **both}, columns)
 
 
-def _transcript(row: Mapping[str, Any], column: str, columns: Columns) -> list[dict[str, str]]:
+def _transcript(row: Row, column: str, columns: Columns) -> list[dict[str, str]]:
     text = row.get(column)
     if not isinstance(text, str) or not _TURN.match(text):
         raise RowError(rf"`{column}` does not begin with '\n\nHuman:'")
@@ -111,7 +112,7 @@ def _transcript(row: Mapping[str, Any], column: str, columns: Columns) -> list[d
     return [{columns.role: who.lower(), columns.content: said.removeprefix(" ")} for who, said in turns]
 
 
-def rendered_text(row: Mapping[str, Any], columns: Columns) -> RenderedPair:
+def rendered_text(row: Row, columns: Columns) -> RenderedPair:
     """``prompt``, ``chosen`` and ``rejected`` as the text that the model shall see, templates and all.
 
     The end-of-sequence token is added to an answer that ends with no special token, and the tokenizer's
@@ -123,12 +124,12 @@ def rendered_text(row: Mapping[str, Any], columns: Columns) -> RenderedPair:
     return RenderedPair(prompt, chosen, rejected, _source(row, columns))
 
 
-def chat(row: Mapping[str, Any], columns: Columns) -> PreferencePair | RenderedPair:
+def chat(row: Row, columns: Columns) -> PreferencePair | RenderedPair:
     """Any of the conversational shapes, recognised by its columns."""
     return FORMATS[recognise(row, columns)](row, columns)
 
 
-def recognise(row: Mapping[str, Any], columns: Columns) -> str:
+def recognise(row: Row, columns: Columns) -> str:
     """The name of the format that a row's columns fit.
 
     Raises:
@@ -156,11 +157,7 @@ def _is_conversation(value: Any, columns: Columns) -> bool:
 
 
 def _pair(
-    row: Mapping[str, Any],
-    columns: Columns,
-    prompt: Sequence[Message],
-    chosen: Sequence[Message],
-    rejected: Sequence[Message],
+    row: Row, columns: Columns, prompt: Sequence[Message], chosen: Sequence[Message], rejected: Sequence[Message]
 ) -> PreferencePair:
     for column, messages in ((columns.chosen, chosen), (columns.rejected, rejected)):
         if messages[-1]["role"] != "assistant":
@@ -175,12 +172,12 @@ def _pair(
     return PreferencePair(prompt, chosen, rejected, _source(row, columns), tools or None, given)
 
 
-def _answered(row: Mapping[str, Any], columns: Columns, history: str) -> PreferencePair:
+def _answered(row: Row, columns: Columns, history: str) -> PreferencePair:
     answers = (_answer(row, column, columns) for column in (columns.chosen, columns.rejected))
     return _pair(row, columns, _history(row, history, columns), *answers)
 
 
-def _history(row: Mapping[str, Any], column: str, columns: Columns) -> list[Message]:
+def _history(row: Row, column: str, columns: Columns) -> list[Message]:
     value = row.get(column)
     if value == "":
         raise RowError(f"`{column}` is empty")
@@ -197,7 +194,7 @@ def _history(row: Mapping[str, Any], column: str, columns: Columns) -> list[Mess
     return history
 
 
-def _answer(row: Mapping[str, Any], column: str, columns: Columns) -> list[Message]:
+def _answer(row: Row, column: str, columns: Columns) -> list[Message]:
     value = row.get(column)
     if isinstance(value, str):
         return [Message(role="assistant", content=value)]
@@ -209,14 +206,14 @@ def _answer(row: Mapping[str, Any], column: str, columns: Columns) -> list[Messa
     return answer
 
 
-def _text(row: Mapping[str, Any], column: str) -> str:
+def _text(row: Row, column: str) -> str:
     text = row.get(column)
     if not isinstance(text, str) or not text:
         raise RowError(f"`{column}` is {_found(text)}, not text")
     return text
 
 
-def _messages(row: Mapping[str, Any], column: str, columns: Columns) -> list[Message]:
+def _messages(row: Row, column: str, columns: Columns) -> list[Message]:
     raw = row.get(column)
     if isinstance(raw, str) or not isinstance(raw, Sequence) or not raw:
         raise RowError(f"`{column}` is {_found(raw)}, not a list of messages")
@@ -255,7 +252,7 @@ def _parsed(value: Any, column: str, kind: type) -> Any:
     return value
 
 
-def _source(row: Mapping[str, Any], columns: Columns) -> str:
+def _source(row: Row, columns: Columns) -> str:
     return str(row.get(columns.source) or "")
 
 

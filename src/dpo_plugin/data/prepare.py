@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import pyarrow as pa
@@ -22,7 +22,6 @@ from tqdm import tqdm
 from dpo_plugin.data.audit import DUPLICATE, EQUAL_AFTER_CUT, EQUAL_IDS, TOO_LONG, UNKNOWN, Audit, check_usable
 from dpo_plugin.data.files import Row
 from dpo_plugin.data.formats import Columns, PreferenceFormat, chat, recognise
-from dpo_plugin.data.lengths import LengthLimit, fit
 from dpo_plugin.data.render import PairIds, Renderer
 from dpo_plugin.data.sources import RowSource
 from dpo_plugin.data.stored import FEATURES, StoredPairs, cannot_store
@@ -31,6 +30,21 @@ from dpo_plugin.plain_text import one_line
 from dpo_plugin.types import RenderedPair
 
 _BATCH = 2000  # rows tokenised at once: enough to keep every core of the tokenizer busy
+
+
+@dataclass(frozen=True)
+class LengthLimit:
+    """What to do with pairs that are too long.
+
+    Attributes:
+        tokens: Longest prompt + completion in tokens, special tokens counted.
+        strategy: drop the pair, truncate it, or raise.
+        side: Where truncation begins: ``right`` cuts completions, ``left`` the beginning of the prompt.
+    """
+
+    tokens: int
+    strategy: Literal["drop", "truncate", "raise"] = "drop"
+    side: Literal["left", "right"] = "right"
 
 
 @dataclass(frozen=True)
@@ -224,6 +238,38 @@ class Preparation:
         """How many ids at the end of both completions are the end of turn: the template's, else the last one."""
         end = self.renderer.end_of_turn_ids
         return len(end) if end and ids.chosen[-len(end) :] == end == ids.rejected[-len(end) :] else 1
+
+
+def fit(ids: PairIds, limit: LengthLimit, end_tokens: int, bos: int | None = None) -> tuple[PairIds, list[int]] | None:
+    """Cut a pair to a length, keeping each completion's end-of-turn tokens.
+
+    Args:
+        ids: The pair.
+        limit: The limit; its strategy is not looked at.
+        end_tokens: How many tokens end a turn.
+        bos: Id that stays in front when the prompt is cut from the left.
+
+    Returns:
+        The pair and the tokens cut from prompt, chosen and rejected; None if no completion token would be left.
+    """
+    prompt = ids.prompt
+    if limit.side == "left":
+        keep = max(limit.tokens - max(len(ids.chosen), len(ids.rejected)), 1)
+        if keep < len(prompt):
+            front = prompt[:1] if prompt[0] == bos and keep > 1 else []
+            prompt = front + prompt[len(prompt) - keep + len(front) :]
+    room = limit.tokens - len(prompt)
+    if room < end_tokens + 1:
+        return None
+    chosen, rejected = (_cut_answer(answer, room, end_tokens) for answer in (ids.chosen, ids.rejected))
+    cut = [len(ids.prompt) - len(prompt), len(ids.chosen) - len(chosen), len(ids.rejected) - len(rejected)]
+    return PairIds(prompt, chosen, rejected), cut
+
+
+def _cut_answer(answer: list[int], room: int, end_tokens: int) -> list[int]:
+    if len(answer) <= room:
+        return answer
+    return answer[: room - end_tokens] + answer[len(answer) - end_tokens :]
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:

@@ -9,20 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from os.path import commonprefix
 from typing import Any
 
 from dpo_plugin.data.audit import EMPTY
-from dpo_plugin.data.refusals import (
-    answered,
-    refuse_half_characters,
-    refuse_loss,
-    refuse_special_tokens,
-    said_before,
-)
+from dpo_plugin.data.refusals import answered, refuse_half_characters, refuse_loss, refuse_special_tokens, said_before
 from dpo_plugin.errors import RowError, TemplateError
 from dpo_plugin.types import Message, PreferencePair, RenderedPair
 
@@ -230,14 +224,11 @@ class Renderer:
         return [split_ids(*ids[start : start + 3]) for start in range(0, len(ids), 3)]
 
     def _tokenize_parts(self, pairs: Sequence[RenderedPair]) -> list[PairIds]:
-        texts: list[str] = []
-        for pair in pairs:
-            cut = max([0, *map(pair.prompt.rfind, self._control_tokens)])
-            head, tail = pair.prompt[:cut], pair.prompt[cut:]
-            texts += (head, tail, tail + pair.chosen, tail + pair.rejected)
-        ids = self._ids(texts)
-        parts = [split_ids(*ids[start + 1 : start + 4]) for start in range(0, len(ids), 4)]
-        return [PairIds(head + p.prompt, p.chosen, p.rejected) for head, p in zip(ids[::4], parts, strict=True)]
+        cuts = [max([0, *map(pair.prompt.rfind, self._control_tokens)]) for pair in pairs]
+        heads = self._ids([pair.prompt[:cut] for pair, cut in zip(pairs, cuts, strict=True)])
+        tails = [replace(pair, prompt=pair.prompt[cut:]) for pair, cut in zip(pairs, cuts, strict=True)]
+        parts = zip(heads, self._tokenize_whole(tails), strict=True)
+        return [PairIds(head + tail.prompt, tail.chosen, tail.rejected) for head, tail in parts]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts; straight from the Rust tokenizer where there is one, which spares offsets and masks."""

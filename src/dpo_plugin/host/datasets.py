@@ -21,8 +21,7 @@ from datasets import Dataset, DatasetDict
 from dpo_plugin.config import DataConfig
 from dpo_plugin.data.audit import audit_lines
 from dpo_plugin.data.formats import ROLES, Columns, PreferenceFormat, conversations, messages_answers
-from dpo_plugin.data.lengths import LengthLimit
-from dpo_plugin.data.prepare import Preparation, PrepareOptions
+from dpo_plugin.data.prepare import LengthLimit, Preparation, PrepareOptions
 from dpo_plugin.data.sources import RowSource, as_written, dataset_rows, local_source
 from dpo_plugin.errors import ConfigError, DataError
 from dpo_plugin.host.log import LOG

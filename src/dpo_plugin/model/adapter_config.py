@@ -222,11 +222,7 @@ class AdapterFolder:
 
 
 def open_adapter(path: str, key: str) -> AdapterFolder:
-    """The adapter in a folder, or in a repository whose files are fetched into the hub's cache.
-
-    Args:
-        path: The folder, or ``<owner>/<name>``; a folder that is there comes first.
-        key: The YAML key that named it, for messages.
+    """The adapter in a folder, or else in the repository ``<owner>/<name>``, fetched into the hub's cache.
 
     Raises:
         AdapterError: If there is neither, the hub cannot be reached, or the adapter cannot be used.

@@ -218,10 +218,7 @@ def adapter_tensors(model: PolicyReferenceModel, name: str) -> dict[str, Tensor]
 def adapter_digest(model: PolicyReferenceModel, name: str, whole: Callable[[Tensor], Tensor] = Tensor.detach) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of an adapter's tensors, and the settings that scale them.
 
-    Args:
-        model: The model.
-        name: The adapter.
-        whole: Gathers a tensor of which this rank holds a part.
+    Where a rank holds but a part of a tensor, ``whole`` gathers it.
     """
     digest = hashlib.sha256(json.dumps(adapter_settings(model.peft_config[name].to_dict()), sort_keys=True).encode())
     for key, tensor in sorted(adapter_tensors(model, name).items()):

@@ -18,12 +18,9 @@ TOLERANCE = 1e-5
 
 @torch.no_grad()
 def fresh_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Recompute the buffers that are not saved with a model from its config.
+    """Recompute from its config the buffers that are not saved with a transformers model, wrapped or not.
 
     They are computed by transformers' own ``_init_weights``, on copies of the modules that share nothing with them.
-
-    Args:
-        model: A transformers model, or one around it.
 
     Yields:
         The module, the buffer's name in it, and its value: fp32, on the CPU.

@@ -81,11 +81,7 @@ class ReferenceStrategy:
 
     @contextmanager
     def active(self, model: Any) -> Iterator[Any]:
-        """Context that gives a model which is the reference, so that it can also answer; None where there is none.
-
-        Args:
-            model: The policy.
-        """
+        """Context that gives a model which is the reference, so that it can also answer; None where there is none."""
         yield None
 
     def equals_policy_at_start(self) -> bool:
@@ -114,11 +110,7 @@ class ReferenceStrategy:
         """
 
     def after_step(self, step: int) -> None:
-        """Called after each optimizer step, for a reference that moves.
-
-        Args:
-            step: Optimizer steps done.
-        """
+        """Called after each optimizer step, with their number so far, for a reference that moves."""
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint must hold because the reference cannot be rebuilt from its source."""

@@ -10,8 +10,7 @@ import pytest
 from datasets import Dataset
 
 from dpo_plugin.data.formats import FORMATS, Columns
-from dpo_plugin.data.lengths import LengthLimit, fit
-from dpo_plugin.data.prepare import Preparation, PrepareOptions
+from dpo_plugin.data.prepare import LengthLimit, Preparation, PrepareOptions, fit
 from dpo_plugin.data.render import PairIds, Renderer
 from dpo_plugin.data.sources import local_source
 from dpo_plugin.errors import DataError, RowError

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from dpo_plugin.data import prepare as prepare_module
-from dpo_plugin.data.lengths import LengthLimit
-from dpo_plugin.data.prepare import Preparation
+from dpo_plugin.data.prepare import LengthLimit, Preparation
 from dpo_plugin.errors import DataError
 from tests.support.tiny import ROOT, chat_row, write_rows
 from tests.unit.data.test_prepare import preparation, rows
