@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -27,25 +27,21 @@ class Rows:
     Attributes:
         read: Yields each row, or a `RowError` for a line that is not one, in file order.
         count: How many `read` gives.
-        first: The first that is meant, from 0.
-        last: The one after the last that is meant; None for all.
     """
 
     read: Callable[[], Iterator[Row | RowError]]
     count: Callable[[], int]
-    first: int = 0
-    last: int | None = None
 
     def __iter__(self) -> Iterator[Row | RowError]:
         try:
-            yield from islice(self.read(), self.first, self.last)
+            yield from self.read()
         except OSError as error:
             raise DataError(
                 f"the data cannot be read any more: {error}. Write: path: <a file on a whole disk>"
             ) from error
 
     def __len__(self) -> int:
-        return self.count() if self.last is None else self.last - self.first
+        return self.count()
 
 
 @dataclass(frozen=True)
@@ -110,18 +106,19 @@ def _file_rows(kind: str, files: Sequence[Path], digest: str, split: Any, path: 
             raise DataError(f"{path} cannot be read as {kind}: {error}") from error
     read, count = file_readers.READERS[kind]
     rows = Rows(lambda: chain.from_iterable(map(read, files)), lambda: sum(map(count, files)))
-    return _sliced(rows, split, path)
-
-
-def _sliced(rows: Rows, split: Any, path: Path) -> Rows:
-    """The rows that a split such as ``train[:500]`` or ``train[:10%]`` selects."""
     if not split or split == "train":
         return rows
+    part = _part(str(split), len(rows), path)
+    return Rows(lambda: islice(rows, part.start, part.stop), lambda: len(part))
+
+
+def _part(split: str, rows: int, path: Path) -> range:
+    """The rows that a split such as ``train[:500]`` or ``train[:10%]`` selects."""
     try:
-        (part,) = ReadInstruction.from_spec(str(split)).to_absolute({"train": len(rows)})
+        (part,) = ReadInstruction.from_spec(split).to_absolute({"train": rows})
     except (ValueError, AssertionError) as error:
         raise DataError(f"{path} is a file, which has the split train only: {error}. Write: split: train") from error
-    return replace(rows, first=part.from_, last=part.to)
+    return range(part.from_, part.to)
 
 
 def dataset_rows(data: Dataset) -> Rows:
@@ -142,8 +139,7 @@ def _folder(path: Path, entry: Mapping[str, Any], digest: str) -> Dataset:
         raise DataError(f"the folder {path} holds no data set: {error}") from error
     split = str(entry.get("split") or "train")
     if isinstance(data, Dataset):
-        rows = _sliced(dataset_rows(data), split if "[" in split else None, path)
-        return data.select(range(rows.first, rows.first + len(rows)))
+        return data.select(_part(split, len(data), path)) if "[" in split else data
     assert isinstance(data, DatasetDict)
     if split not in data:
         raise DataError(f"the folder {path} has no split {split!r}. Write: split: {next(iter(data))}")

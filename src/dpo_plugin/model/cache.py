@@ -122,10 +122,8 @@ class ReferenceLogpCache:
         self._from_disk: set[bytes] = set()
         self._files: set[Path] = set()
         self._outdated: set[Path] = set()
-        self._file: Path | None = None
-        if self.folder is not None:
-            self._read(self.folder)
-            self._file = self.folder / f"{uuid.uuid4().hex}.logps"
+        self._file = self.folder / f"{uuid.uuid4().hex}.logps" if self.folder else None
+        self.reload()
 
     def __len__(self) -> int:
         return len(self._values)
@@ -133,8 +131,9 @@ class ReferenceLogpCache:
     def __contains__(self, key: bytes) -> bool:
         return key in self._values
 
-    def _read(self, folder: Path) -> None:
-        for file in sorted(folder.glob("*.logps")):
+    def reload(self) -> None:
+        """Read what other processes have written."""
+        for file in sorted(self.folder.glob("*.logps")) if self.folder else ():
             if file == self._file or file in self._outdated:
                 continue
             self._files.add(file)
@@ -163,11 +162,6 @@ class ReferenceLogpCache:
         self._outdated |= self._files
         self._from_disk.clear()
         self._files.clear()
-
-    def reload(self) -> None:
-        """Read what other processes have written since."""
-        if self.folder is not None:
-            self._read(self.folder)
 
     def get(self, keys: Sequence[bytes], device: Any = None) -> Tensor | None:
         """(pairs, 2) fp32 nats of these rows, or None if any is missing."""
