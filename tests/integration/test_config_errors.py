@@ -112,6 +112,14 @@ def prepare(config, folder):
             ConfigError,
             "`adapter: None`.*Write: cpu_ram_efficient_loading: false",
         ),
+        (
+            {
+                "deepspeed": "deepspeed_configs/zero3_bf16.json",
+                "dpo_plugin": {"compute": {"master_weights": False}},
+            },
+            ConfigError,
+            "`dpo_plugin.compute.master_weights: false` cannot be had under ZeRO-3.*Write: master_weights: true",
+        ),
         ({"deepspeed": "zero9.json"}, ConfigError, "`deepspeed: zero9.json` does not exist. Write: deepspeed:"),
         ({"deepspeed": "pyproject.toml"}, ConfigError, "`deepspeed: pyproject.toml` is not valid JSON"),
         (

@@ -98,9 +98,11 @@ def test_a_full_fine_tuning_whose_updates_bf16_rounds_away_is_told_so(base_dir, 
     for module in ("training_args", "utils.import_utils"):  # a CPU computes in bf16 as well
         monkeypatch.setattr(f"transformers.{module}.is_torch_bf16_gpu_available", lambda: True)
     settings = {"adapter": None, "lora_model_dir": None, "bf16": True, "learning_rate": 5e-7, "max_steps": 12}
+    settings["dpo_plugin"] = {"compute": {"master_weights": False}}
     run = host.train(config(base_dir, None, tmp_path, **settings), tmp_path)
     found = {finding["check"]: finding for finding in written(run)["findings"]}
     assert found["learning_rate_below_precision"]["numbers"]["weights/changed"] < 0.1
+    assert found["learning_rate_below_precision"]["advice"].endswith("{compute: {master_weights: true}}")
     assert written(run)["facts"]["adapter_dtype"] == "bfloat16"
     assert written(run)["facts"]["trainable_share"] == 1
 

@@ -1,6 +1,6 @@
 """The planned peak of one process against the memory that the real step takes on a CPU.
 
-Three LoRA runs and a full fine-tuning differ in size, length, checkpointing and precision. A child process makes them
+Three LoRA runs and two of full fine-tuning differ in size, length, checkpointing and precision. A child process makes them
 one after the other and reports how far its resident memory grew; nothing in the plan is fitted to these shapes.
 """
 
@@ -37,6 +37,10 @@ CASES = {
     "fp32, full fine-tuning, second model": (
         {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "vocab_size": 32000},
         {"sequence_len": 128, "micro_batch_size": 1, "gradient_checkpointing": True},
+    ),
+    "bf16, full fine-tuning, second model, fp32 master weights": (
+        {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 32000},
+        {"sequence_len": 128, "micro_batch_size": 1, "gradient_checkpointing": True, "bf16": True},
     ),
 }
 
@@ -126,9 +130,11 @@ def run(policy: Any, reference: Any, as_reference: Any, settings: dict[str, Any]
     from dpo_plugin.compute.batching import PairCollator, to_pair_batch
     from dpo_plugin.compute.logps import pair_logps, run_model
     from dpo_plugin.compute.losses import LossOptions, sigmoid
+    from dpo_plugin.engines.master_weights import add_master_weights
     from tests.support.tiny import example
 
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-4)
+    assert add_master_weights(optimizer, policy), "there are some in full fine-tuning in bf16 alone"
     length = settings["sequence_len"]
     pairs = [example(1, length - 1, length - 1, seed=seed) for seed in range(settings["micro_batch_size"])]
     batch = to_pair_batch(PairCollator(0, flat=True)(pairs))

@@ -1,17 +1,20 @@
-"""Full fine-tuning against a second model starts on every engine, along the curve of one process.
+"""Full fine-tuning against a second model prints one curve on one process and on every engine.
 
-In fp32 it is one curve for all. In 16 bits that process updates weights of the same precision: 16 bits under FSDP2, 16 bits but
-embeddings under DDP. Under DeepSpeed it is fp32 behind 16 bits, and as axolotl 0.19 asks for NCCL where one process runs
-DeepSpeed, ZeRO-2 stands in for it.
+In bf16 it is so because the optimizer updates fp32 master weights on each, as DeepSpeed always does. axolotl 0.19 asks for
+NCCL where one process runs DeepSpeed, so the curve to meet is that of a process without an engine.
 """
 
+import json
 import math
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.ranks.shipped import config, curve
 from tests.support import host
-from tests.support.cpu_ranks import launch
+from tests.support.cpu_ranks import allow_bf16, launch
 
 STEPS = 4
 WITHOUT = (
@@ -45,36 +48,62 @@ def train(recipe, base_dir, folder, ranks, **engine):
 
 
 BF16 = {"bf16": {"enabled": True}}
-DDP, FSDP2 = ("ddp-nf4", {}), ("fsdp2-bf16", {})
-ZERO2, ZERO3 = ("zero3-nf4", zero(2, **BF16)), ("zero3-nf4", zero(3, **BF16))
-
-
-@pytest.mark.parametrize(
-    ("engine", "like", "ranks"),
-    [(DDP, DDP, 1), (FSDP2, FSDP2, 1), (ZERO3, ZERO2, 2)],
-    ids=["ddp", "fsdp2", "zero3 and zero2"],
-)
-def test_two_ranks_print_the_curve_of_one_process(engine, like, ranks, base_dir, tmp_path):
-    run = train(engine[0], base_dir, tmp_path / "run", ranks=2, **engine[1])
-    expected = curve(train(like[0], base_dir, tmp_path / "like", ranks=ranks, **like[1]).lines)
-    assert_same_curve(run, expected, 2e-3)
+ENGINES = {
+    "ddp": ("ddp-nf4", {}),
+    "fsdp2": ("fsdp2-bf16", {}),
+    "zero2": ("zero3-nf4", zero(2, **BF16)),
+    "zero3": ("zero3-nf4", zero(3, **BF16)),
+}
 
 
 @pytest.fixture(scope="module")
-def in_fp32(base_dir, tmp_path_factory):
-    """The curve of one process without an engine."""
-    folder = tmp_path_factory.mktemp("one")
-    return curve(host.train(full("ddp-nf4", base_dir, folder, ranks=1, bf16=False), folder).lines)
+def alone(base_dir, tmp_path_factory):
+    """The curve of one process without an engine, by precision."""
+    found = {}
+
+    def run(bf16):
+        if bf16 not in found:
+            folder = tmp_path_factory.mktemp("one")
+            with pytest.MonkeyPatch.context() as patch:
+                if bf16:
+                    allow_bf16(patch.setattr)
+                found[bf16] = curve(host.train(full("ddp-nf4", base_dir, folder, ranks=1, bf16=bf16), folder).lines)
+        return found[bf16]
+
+    return run
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_print_the_curve_of_one_process(engine, alone, base_dir, tmp_path):
+    recipe, settings = ENGINES[engine]
+    run = train(recipe, base_dir, tmp_path / "run", ranks=2, **settings)
+    assert_same_curve(run, alone(bf16=True), 2e-3)
+    assert run.lines[-1]["weights/changed"] > 0.99
 
 
 @pytest.mark.parametrize(
     ("recipe", "engine"),
-    [FSDP2, ("zero3-nf4", zero(3))],
+    [ENGINES["fsdp2"], ("zero3-nf4", zero(3))],
     ids=["fsdp2", "zero3"],
 )
-def test_in_fp32_a_sharded_model_prints_the_curve_of_one_process(recipe, engine, in_fp32, base_dir, tmp_path):
+def test_in_fp32_a_sharded_model_prints_the_curve_of_one_process(recipe, engine, alone, base_dir, tmp_path):
     run = train(recipe, base_dir, tmp_path / "run", ranks=2, bf16=False, **engine)
-    assert_same_curve(run, in_fp32, 1e-5)
+    assert_same_curve(run, alone(bf16=False), 1e-5)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_half_the_steps_and_resume_and_the_other_half_are_all_bit_by_bit(engine, base_dir, tmp_path):
+    recipe, settings = ENGINES[engine]
+    saves = {**settings, "save_strategy": "steps", "save_steps": STEPS // 2}
+    whole = train(recipe, base_dir, tmp_path / "whole", ranks=2, **saves)
+    half = tmp_path / f"half/out/checkpoint-{STEPS // 2}"
+    shutil.copytree(whole.output_dir / half.name, half)
+    resumed = train(recipe, base_dir, tmp_path / "half", ranks=2, **saves, auto_resume_from_checkpoints=True)
+    expected, found = (load_file(run.output_dir / "model.safetensors") for run in (whole, resumed))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert {value.dtype for value in found.values()} == {torch.bfloat16}
+    assert json.loads((resumed.output_dir / "config.json").read_text())["dtype"] == "bfloat16"
+    assert torch.equal(curve(resumed.lines), curve(whole.lines))
 
 
 def assert_same_curve(run, expected, tolerance):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dpo_plugin.engines.master_weights import master_weight
 from dpo_plugin.errors import CheckpointError
 from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel, adapter_digest, without_copies
 
@@ -62,7 +63,7 @@ def _master(parameter: nn.Parameter) -> Tensor:
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
         master: Tensor = deepspeed_utils().safe_get_full_fp32_param(parameter)
         return master
-    return full_tensor(parameter)
+    return full_tensor(master_weight(parameter))
 
 
 def load_policy(model: PolicyReferenceModel, folder: Path) -> None:

@@ -157,8 +157,8 @@ CHECKS: Mapping[str, Check] = {
         source="an AdamW update is about as large as the learning rate (Kingma & Ba 2014, arXiv 1412.6980, section "
         "2.1), and rounding to nearest drops what is below half the distance between neighbouring numbers: 2⁻⁹ of a "
         "weight in bf16, 2⁻²⁵ in fp32",
-        advice="Let the optimizer update fp32 weights: this plugin does so for adapters, DeepSpeed's ZeRO for full "
-        "fine-tuning; or raise the learning rate.",
+        advice="Let the optimizer update fp32 weights, as it does unless `master_weights: false` says otherwise; or "
+        "raise the learning rate.",
     ),
     "reference_drift": Check(
         find=sanity.reference_drift,

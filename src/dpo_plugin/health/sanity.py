@@ -136,6 +136,9 @@ _PAST_NOISE = 10
 """Steps at the peak rate after which a value that an optimizer can move has moved."""
 
 
+_MASTERS = "dpo_plugin: {compute: {master_weights: true}}"
+
+
 def rate_below_precision(history: History, check: Check) -> Symptom | None:
     """The share of the values held by the optimizer that have moved at all since the start."""
     changed = history["weights/changed"].tail(1)
@@ -147,8 +150,7 @@ def rate_below_precision(history: History, check: Check) -> Symptom | None:
         f"{share:.1%} of the trained values have changed in {step} steps; updates of about {short(history.rate())} are "
         f"rounded away{f', since the optimizer holds the weights in {dtype}' if dtype else ''}"
     )
-    full = (history.facts.trainable_share or 0) > 0.5
-    suggestion = "deepspeed: deepspeed_configs/zero3_bf16.json" if full else scaled_rate(history, 10)
+    suggestion = _MASTERS if "bfloat16" in (dtype or "") else scaled_rate(history, 10)
     return Symptom(step, message, {"weights/changed": share, "learning_rate": history.rate()}, suggestion)
 
 

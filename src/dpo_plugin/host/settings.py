@@ -10,6 +10,7 @@ from typing import Any
 from dpo_plugin.compute.loss_traits import check_divergence, check_smoothing, check_split
 from dpo_plugin.config import Action, DPOPluginConfig, ReferenceConfig, parse_config
 from dpo_plugin.engines.config import EngineSettings, check_parallel
+from dpo_plugin.engines.master_weights import check_master_weights
 from dpo_plugin.errors import ConfigError, DataError
 from dpo_plugin.health.monitor import HealthCheck
 from dpo_plugin.host.templates import check_samples
@@ -78,6 +79,7 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
     _check_host_keys(cfg)
     engine = EngineSettings.read(cfg)
     check_parallel(cfg, engine)
+    check_master_weights(config.compute.master_weights, engine)
     check_samples(config.samples, engine, held_out=bool(cfg.get("test_datasets") or cfg.get("val_set_size")))
     _check_losses(cfg, config, registry)
     policy = _policy_folder(cfg)
@@ -88,7 +90,7 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
         reference=_reference(cfg, config.reference, policy, engine, registry),
         engine=engine,
         revision=cfg.get("revision_of_model"),
-        numerics={key: cfg[key] for key in _NUMERICS if cfg.get(key)},
+        numerics=_numerics(cfg, config),
         template={
             "chat_template": cfg.get("chat_template") or ("jinja" if jinja else None),
             "chat_template_jinja": jinja,
@@ -102,6 +104,11 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
         datasets=_entries(cfg, "datasets", registry),
         test_datasets=_entries(cfg, "test_datasets", registry),
     )
+
+
+def _numerics(cfg: Mapping[str, Any], config: DPOPluginConfig) -> dict[str, Any]:
+    found = {key: cfg[key] for key in _NUMERICS if cfg.get(key)}
+    return found if cfg.get("adapter") else {**found, "master_weights": config.compute.master_weights}
 
 
 def _check_host_keys(cfg: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ from dpo_plugin.host.callbacks.progress import Progress, log_setup
 from dpo_plugin.host.callbacks.reference import ReferenceCallback
 from dpo_plugin.host.callbacks.samples import SamplesCallback
 from dpo_plugin.host.log import LOG
+from dpo_plugin.host.full_fine_tuning import MasterWeightsTrainer
 from dpo_plugin.host.output_dir import resume
 from dpo_plugin.host.output_dir.card import write_card
 from dpo_plugin.host.output_dir.checkpoints import checkpoint_to_resume, write_marker
@@ -37,7 +38,7 @@ from dpo_plugin.model.cache import CachedReference
 from dpo_plugin.registry import get_registry
 
 
-class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
+class PreferenceTrainer(MasterWeightsTrainer):
     """DPO with policy and reference on one base model; `dpo_plugin.host.callbacks.RunningTrainer` has its attributes.
 
     Args:
@@ -82,6 +83,7 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
         if self._is_sharded():
             workarounds.save_fsdp2_adapter_through(self)
         self._attached = adapter_values(self.model)
+        self.prepare_master_weights()
 
     def _set_up_reference(self, base: nn.Module) -> None:
         settings = self.settings
@@ -92,7 +94,7 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
         cache = batches.open_cache(settings, strategy, digest, base.config, partial(batches.longest_row, self))
         together, tolerance = partial(on_any_rank, self.accelerator), batches.rounding(settings.engine.dtype)
         self.reference = CachedReference(strategy, cache, together, tolerance, LOG.warning)
-        self.origin = resume.origin_of(self.model, settings.reference.name, strategy, digest)
+        self.origin = resume.origin_of(self.model, settings.reference.name, strategy, digest, self.masters)
 
     def _add_callbacks(self) -> None:
         config = self.settings.config

@@ -13,6 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPO
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from dpo_plugin.engines.master_weights import master_weight
 from dpo_plugin.engines.sharded import deepspeed_utils
 from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel
 
@@ -159,7 +160,7 @@ def _part(parameter: Any, rank: int) -> tuple[Tensor, int, bool]:
         if mapping is None:
             return torch.empty(0, device=parameter.device), 0, True
         return mapping.hp_fragment.detach().flatten(), mapping.lp_fragment_address.start, True
-    return parameter.detach().flatten(), 0, rank == 0
+    return master_weight(parameter).flatten(), 0, rank == 0
 
 
 def _coordinate(parameter: DTensor) -> list[int]:

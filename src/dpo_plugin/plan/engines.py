@@ -24,7 +24,8 @@ class PlanInput:
         moments: Bytes of optimizer states per trained value; None for AdamW, two of the value's own dtype.
         fused: Whether the optimizer's step makes no copy of a state.
         upcast: Whether axolotl takes embeddings, norms and head to fp32 when it has loaded them.
-        stays_fp32: Whether they stay so, as in full fine-tuning on one GPU or DDP.
+        stays_fp32: Whether they stay so until the trainer is made, as in full fine-tuning on one GPU or DDP.
+        masters: Whether the optimizer's fp32 master weights are ours, as in full fine-tuning in bf16.
         second_model: Whether the reference is a model of its own.
     """
 
@@ -37,6 +38,7 @@ class PlanInput:
     fused: bool = False
     upcast: bool = True
     stays_fp32: bool = False
+    masters: bool = False
     second_model: bool = False
 
     def states(self, values: int, width: float) -> int:
@@ -132,20 +134,28 @@ def load_whole(sizes: Sizes, given: PlanInput, upcast: bool) -> int:
 
 
 def ddp(sizes: Sizes, given: PlanInput) -> EngineBytes:
-    """Everything on every rank; with more than one rank, gradients once more in DDP's buckets."""
-    base = sum(linear_bytes(sizes, given)) + sum(sizes.other) * (4 if given.stays_fp32 else given.width)
+    """Everything on every rank; with more than one rank, gradients once more in DDP's buckets.
+
+    With master weights, gradients of 2 bytes become 4 in the optimizer's step, one parameter at a time.
+    """
+    linear = sum(linear_bytes(sizes, given))
+    loaded = linear + sum(sizes.other) * (4 if given.stays_fp32 else given.width)
+    base = linear + sum(sizes.other) * given.width if given.masters else loaded
     trained = 4 * sum(sizes.policy) or base
-    second = base if given.second_model else 0
+    master = 4 * sizes.trained * given.masters
+    updated = master or trained
     parts = {
         "base weights": base,
-        "reference model": second,
+        "reference model": base * given.second_model,
         "adapters": 4 * (sum(sizes.policy) + sum(sizes.reference)),
+        **({"master weights": master} if master else {}),
         "gradients": trained,
-        "optimizer": given.states(sizes.trained, trained / sizes.trained),
+        "optimizer": given.states(sizes.trained, updated / sizes.trained),
         "communication": trained if given.ranks > 1 else 0,
         "weight in full": one_in_full(sizes, given),
     }
-    return EngineBytes(parts, second + load_whole(sizes, given, given.upcast), 0, 0 if given.fused else trained)
+    load = loaded * given.second_model + load_whole(sizes, given, given.upcast)
+    return EngineBytes(parts, load, 0, updated - trained + updated * (not given.fused))
 
 
 def zero3(sizes: Sizes, given: PlanInput, zero: Zero3) -> EngineBytes:
@@ -213,10 +223,11 @@ def fsdp2(sizes: Sizes, given: PlanInput, offload: bool, one_rank_loads: bool) -
     layer = linear * sizes.layer_linear // sum(sizes.linear) + sizes.layer_other * width
     layer += sum(sizes.reference) * width // sizes.layers
     full = not sizes.policy
-    trained = (base if full else 4 * sum(sizes.policy)) // ranks
-    moments = given.states(sizes.trained // ranks, width if full else 4)
+    held = 4 * sizes.trained if given.masters else base  # what is gathered from fp32 shards is of the other width
+    trained = (held if full else 4 * sum(sizes.policy)) // ranks
+    moments = given.states(sizes.trained // ranks, width if full and not given.masters else 4)
     parts = {
-        "base weights": base // ranks * on_gpu + states,
+        "base weights": held // ranks * on_gpu + states,
         "reference model": base // ranks * on_gpu * given.second_model,
         "adapters": (4 * sum(sizes.policy) + width * sum(sizes.reference)) // ranks * on_gpu,
         "gradients": trained * on_gpu,
@@ -224,10 +235,12 @@ def fsdp2(sizes: Sizes, given: PlanInput, offload: bool, one_rank_loads: bool) -
         "communication": (copies + full) * root + (3 + 2 * full) * layer,
         "weight in full": one_in_full(sizes, given),
     }
-    kept = copies * base + 4 * sum(sizes.policy) + width * sum(sizes.reference)
+    models = held + base * given.second_model
+    kept = models + 4 * sum(sizes.policy) + width * sum(sizes.reference)
     host = kept + ranks * (trained + moments) if offload else 0
     if given.bits:
         return EngineBytes(parts, load_whole(sizes, given, False), host, trained * on_gpu * (not given.fused))
-    load = copies * base // ranks * on_gpu + max(2 * max(*sizes.linear, *sizes.other) * width, root, layer)
-    reading = copies * base * (1 if one_rank_loads else ranks)
+    largest = max(*sizes.linear, *sizes.other) * (4 if given.masters else width)
+    load = models // ranks * on_gpu + max(2 * largest, root, layer)
+    reading = max(copies * base, held) * (1 if one_rank_loads else ranks)
     return EngineBytes(parts, load, max(host, reading), trained * on_gpu * (not given.fused))

@@ -91,6 +91,11 @@ def half(cfg: Mapping[str, Any]) -> bool:
     return any(cfg.get(key) for key in ("bf16", "bfloat16", "fp16", "float16", "load_in_8bit"))
 
 
+def in_bf16(cfg: Mapping[str, Any]) -> bool:
+    """Whether those 16 bits are bf16."""
+    return bool(cfg.get("bf16") or cfg.get("bfloat16"))
+
+
 def model_config(cfg: Mapping[str, Any]) -> Any:
     """Load the base model's transformers config.
 
@@ -148,7 +153,9 @@ def _lora(cfg: Mapping[str, Any], folder: Any) -> LoraConfig:
     return LoraConfig(r=int(cfg["lora_r"]), target_modules=targets, modules_to_save=saved, task_type="CAUSAL_LM")
 
 
-def plan_input(cfg: Mapping[str, Any], column: str, ranks: int, reference: ReferenceConfig) -> PlanInput:
+def plan_input(
+    cfg: Mapping[str, Any], column: str, ranks: int, reference: ReferenceConfig, compute: ComputeConfig
+) -> PlanInput:
     """Collect what decides how many bytes a config's model takes on an engine."""
     optimizer = str(cfg.get("optimizer") or "adamw_torch_fused")
     quantiser, full = cfg.get("bnb_config_kwargs") or {}, not cfg.get("adapter")
@@ -165,6 +172,7 @@ def plan_input(cfg: Mapping[str, Any], column: str, ranks: int, reference: Refer
         fused="fused" in optimizer or "8bit" in optimizer,
         upcast=not (bits == 4 and cfg.get("embeddings_skip_upcast")),
         stays_fp32=column == "ddp" and full and half(cfg) and plain,
+        masters=compute.master_weights and full and column in ("ddp", "fsdp2") and in_bf16(cfg),
         second_model=full and reference_strategy(cfg, reference).needs_second_model,
     )
 
@@ -184,6 +192,6 @@ def longest_step(cfg: Mapping[str, Any], compute: ComputeConfig, config: Any, gi
         attention="eager" if eager else attention.NAME if flat else "sdpa",
         autocast=given.width == 2 and not column.startswith("zero3"),
         fp32_adapters=column == "ddp",
-        fp32_others=given.stays_fp32,
+        fp32_others=given.stays_fp32 and not given.masters,
         chunk=compute.logits_chunk,
     )

@@ -137,7 +137,7 @@ class Planner:
 
     def need(self, column: str, cfg: Mapping[str, Any]) -> MemoryNeed:
         """Compute what an engine needs for a variant."""
-        given = inputs.plan_input(cfg, column, self.machine.gpus, self.reference)
+        given = inputs.plan_input(cfg, column, self.machine.gpus, self.reference, self.compute)
         held = self.engine_bytes(column, cfg, given)
         try:
             found = self.activations(cfg, given, column)
@@ -195,7 +195,7 @@ class Planner:
         if shortage := self.host_shortage():
             raise ConfigError(shortage)
         sizes = self.model(self.cfg).sizes
-        given = inputs.plan_input(self.cfg, self.used, self.machine.gpus, self.reference)
+        given = inputs.plan_input(self.cfg, self.used, self.machine.gpus, self.reference, self.compute)
         step = inputs.longest_step(self.cfg, self.compute, self.config, given, self.used)
         return {
             "config": self.path,

@@ -257,6 +257,42 @@ def test_full_fine_tuning_holds_a_second_model():
     assert held.load == 2 * weights - 8000 + 4000 * 2 + 3000 * 2
 
 
+def test_full_fine_tuning_in_bf16_updates_fp32_master_weights():
+    """135072 values of 2 bytes, which make up each of both models and the gradients; masters of 4, AdamW's states of 8.
+
+    In the step gradients become 4 bytes, 2 more, and without a fused optimizer a state of 4 is copied. FSDP2 on 4 ranks
+    holds the policy in fp32, gradients too, and gathers in bf16: 3000 values in no layer, three times, and five layers of
+    65536 and 500.
+    """
+    full, given = replace(HAND, policy=(), reference=()), PlanInput(ranks=1, stays_fp32=True, second_model=True)
+    stock, held = sharding.ddp(full, given), sharding.ddp(full, replace(given, masters=True))
+    values = 135072
+    assert [held.parts[part] for part in ("base weights", "reference model", "gradients")] == [2 * values] * 3
+    assert (held.parts["master weights"], held.parts["optimizer"]) == (4 * values, 8 * values)
+    assert held.update == 2 * values + 4 * values
+    assert sharding.ddp(full, replace(given, masters=True, fused=True)).update == 2 * values
+    assert held.load == stock.load, "the host loads both models as ever"
+    given = PlanInput(ranks=4, masters=True, second_model=True)
+    sharded = sharding.fsdp2(full, given, offload=False, one_rank_loads=False)
+    assert [sharded.parts[part] for part in ("base weights", "reference model")] == [values, values // 2]
+    assert [sharded.parts[part] for part in ("gradients", "optimizer")] == [values, 2 * values]
+    assert sharded.parts["communication"] == 3 * 6000 + 5 * (131072 + 1000)
+    assert sharded.load == values + values // 2 + 2 * 4 * 65536
+    assert sharded.host == 4 * 4 * values
+
+
+def test_master_weights_are_planned_where_a_run_has_them(tmp_path):
+    full = dict.fromkeys(("adapter", "load_in_4bit", "lora_r", "lora_target_modules", "lora_model_dir"))
+
+    def masters(column, **settings):
+        made = planner(tmp_path, **{**full, "bf16": True, **settings})
+        return made.need(column, made.cfg).parts.get("master weights", 0)
+
+    assert masters("ddp") == 4 * planner(tmp_path, **full).model({"bf16": True}).sizes.trained
+    assert masters("ddp", dpo_plugin={"compute": {"master_weights": False}}) == masters("ddp", bf16=False) == 0
+    assert planner(tmp_path).need("ddp", planner(tmp_path).cfg).parts.get("master weights", 0) == 0
+
+
 def test_eight_bit_optimizer_states():
     run = replace(QLORA, moments=2.03125)
     assert sharding.ddp(HAND, run).parts["optimizer"] == 2080

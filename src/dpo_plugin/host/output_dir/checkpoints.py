@@ -30,11 +30,13 @@ class Origin:
         reference: ``strategy`` and ``identity`` (a digest).
         base: Digest of the base model as loaded.
         adapter: The policy's `adapter_facts`, or None in full fine-tuning.
+        master_weights: Whether bf16 weights are updated in fp32, or None where the engine leaves no choice.
     """
 
     reference: Mapping[str, str]
     base: str
     adapter: Mapping[str, Any] | None = None
+    master_weights: bool | None = None
 
 
 # ── the marker: says what a folder was trained with, and, once it is whole, the digest of each of its files ──
@@ -42,7 +44,13 @@ class Origin:
 
 def write_marker(folder: Path, origin: Origin, files: Mapping[str, str] | None = None) -> None:
     """Write into a saved folder what it was trained with, and of a checkpoint that is whole its `file_digests`."""
-    content = {"dpo_plugin": version("dpo-plugin"), "reference": dict(origin.reference), "base": origin.base}
+    content: dict[str, Any] = {
+        "dpo_plugin": version("dpo-plugin"),
+        "reference": dict(origin.reference),
+        "base": origin.base,
+    }
+    if origin.master_weights is not None:
+        content["master_weights"] = origin.master_weights
     if files is not None:
         content["files"] = dict(files)
     text = json.dumps({**content, "digest": _digest_of(content)}, indent=2)
@@ -198,6 +206,13 @@ def check_origin(folder: Path, origin: Origin) -> None:
             f"the checkpoint {folder} was trained on the base model {made_with['base'][:12]}, and this run has "
             f"{origin.base[:12]}: weights, quantisation, vocabulary or `overrides_of_model_config` have changed. Put "
             "back the old base_model, or start anew: auto_resume_from_checkpoints: false"
+        )
+    theirs = made_with.get("master_weights", False)  # older checkpoints do not say, and had none
+    if origin.master_weights not in (None, theirs):
+        raise CheckpointError(
+            f"the checkpoint {folder} was trained {'with' if theirs else 'without'} fp32 master weights, and this run "
+            f"is {'without' if theirs else 'with'}: its optimizer would go on from other weights. "
+            f"Write: dpo_plugin: {{compute: {{master_weights: {str(theirs).lower()}}}}}"
         )
     if origin.adapter is not None:
         _check_adapter(folder, origin.adapter)

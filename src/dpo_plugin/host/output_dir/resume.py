@@ -20,11 +20,13 @@ from dpo_plugin.model.references import ReferenceStrategy
 REFERENCE_STATE = "reference_state.safetensors"
 
 
-def origin_of(model: Any, strategy_name: str, strategy: ReferenceStrategy, base: str) -> Origin:
+def origin_of(
+    model: Any, strategy_name: str, strategy: ReferenceStrategy, base: str, master_weights: bool | None = None
+) -> Origin:
     """Say what a run trains with, on the base model of a digest; call before an engine takes over the model."""
     reference = {"strategy": strategy_name, "identity": strategy.identity()}
     if not isinstance(model, PolicyReferenceModel):
-        return Origin(reference, base)
+        return Origin(reference, base, master_weights=master_weights)
     config = model.peft_config[POLICY].to_dict()
     return Origin(reference, base, adapter_facts(config, adapter_tensors(model, POLICY)))
 
