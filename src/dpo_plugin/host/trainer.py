@@ -24,8 +24,8 @@ from dpo_plugin.host.callbacks.health import HealthCallback
 from dpo_plugin.host.callbacks.progress import Progress, log_setup
 from dpo_plugin.host.callbacks.reference import ReferenceCallback
 from dpo_plugin.host.callbacks.samples import SamplesCallback
-from dpo_plugin.host.log import LOG
 from dpo_plugin.host.full_fine_tuning import MasterWeightsTrainer
+from dpo_plugin.host.log import LOG
 from dpo_plugin.host.output_dir import resume
 from dpo_plugin.host.output_dir.card import write_card
 from dpo_plugin.host.output_dir.checkpoints import checkpoint_to_resume, write_marker
