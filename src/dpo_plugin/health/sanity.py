@@ -150,7 +150,8 @@ def rate_below_precision(history: History, check: Check) -> Symptom | None:
         f"{share:.1%} of the trained values have changed in {step} steps; updates of about {short(history.rate())} are "
         f"rounded away{f', since the optimizer holds the weights in {dtype}' if dtype else ''}"
     )
-    suggestion = _MASTERS if "bfloat16" in (dtype or "") else scaled_rate(history, 10)
+    narrow = history.facts.lora_r is None and "bfloat16" in (dtype or "")
+    suggestion = _MASTERS if narrow else scaled_rate(history, 10)
     return Symptom(step, message, {"weights/changed": share, "learning_rate": history.rate()}, suggestion)
 
 
