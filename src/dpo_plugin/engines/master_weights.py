@@ -7,8 +7,7 @@ moves 2 weights in 100. DeepSpeed updates fp32 masters and rounds them into the 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,9 @@ def prepare_models(wanted: bool, accelerator: Any, model: nn.Module, ref_model: 
 
     axolotl 0.19 leaves embeddings, norms and head in fp32 in full fine-tuning on one process and DDP alone
     (loaders/model.py, _configure_embedding_dtypes), where what follows them is then fp32: another curve than that of
-    engines that shard. They were loaded in bf16, so nothing is lost. FSDP2 is left alone where it has not been told to
-    compute in bf16 (``bf16: full``), since with fp32 weights it would compute in fp32.
+    engines that shard. They were loaded in bf16, so nothing is lost; what the model itself keeps in fp32 stays so.
+    FSDP2 is left alone where it has not been told to compute in bf16 (``bf16: full``), since with fp32 weights it
+    would compute in fp32.
 
     Returns:
         None where there is nothing to decide: nothing in bf16 is trained, or DeepSpeed has masters.
@@ -52,9 +52,13 @@ def prepare_models(wanted: bool, accelerator: Any, model: nn.Module, ref_model: 
     if accelerator.is_fsdp2:
         policy = accelerator.state.fsdp_plugin.mixed_precision_policy
         return wanted and policy is not None and policy.param_dtype == torch.bfloat16
-    if wanted:
-        for parameter in itertools.chain.from_iterable(one.parameters() for one in (model, ref_model) if one):
-            if parameter.dtype == torch.float32:
+    for one in filter(None, (model, ref_model) if wanted else ()):
+        fp32 = {
+            *(getattr(one, "_keep_in_fp32_modules", None) or ()),
+            *(getattr(one, "_keep_in_fp32_modules_strict", None) or ()),
+        }
+        for name, parameter in one.named_parameters():
+            if parameter.dtype == torch.float32 and fp32.isdisjoint(name.split(".")):
                 parameter.data = parameter.data.bfloat16()
     return wanted
 
@@ -89,22 +93,24 @@ def narrow(state: Mapping[str, Tensor], names: frozenset[str]) -> dict[str, Tens
 # ── one process and DDP: the optimizer has copies ──
 
 
-def add_master_weights(optimizer: Optimizer, model: nn.Module) -> bool:
+def add_master_weights(optimizer: Optimizer, model: nn.Module, warn: Callable[[str], None]) -> None:
     """Let an optimizer update fp32 copies of the trained bf16 weights, which each step is rounded into.
 
     The model does not change: gradients are accumulated, exchanged and clipped on its own parameters, and a step takes
-    them as fp32. Parameter groups keep their settings; a second call does nothing.
-
-    Returns:
-        False, and nothing is done, for an optimizer that updates weights during backward, or has states already.
+    them as fp32. Parameter groups keep their settings; a second call does nothing. An optimizer that updates weights
+    during backward, or has states already, is left as it is, with a warning.
     """
     groups = [group["params"] for group in optimizer.param_groups]
     held = {id(parameter) for parameters in groups for parameter in parameters}
     weights: list[Any] = list(dict.fromkeys(_trained_bf16(model).values()))
     if all(id(getattr(weight, "master_weight", None)) in held for weight in weights):
-        return True
+        return
     if hasattr(optimizer, "fused_backward") or optimizer.state or any(id(weight) not in held for weight in weights):
-        return False
+        warn(
+            f"dpo_plugin: {type(optimizer).__name__} updates the bf16 weights themselves, where small updates are "
+            "rounded away: it does not take fp32 master weights. Write: optimizer: adamw_torch_fused"
+        )
+        return
     if hasattr(optimizer, "check_overrides"):
         optimizer.check_overrides()  # bitsandbytes finds by identity the embeddings whose states stay in 32 bits
     for weight in weights:
@@ -125,7 +131,6 @@ def add_master_weights(optimizer: Optimizer, model: nn.Module) -> bool:
 
     optimizer.register_step_pre_hook(hand_over_gradients)
     optimizer.register_step_post_hook(round_into_model)
-    return True
 
 
 def master_weight(parameter: nn.Parameter) -> Tensor:

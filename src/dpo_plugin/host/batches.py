@@ -20,13 +20,24 @@ from dpo_plugin.compute.lm_head import ForwardOptions
 from dpo_plugin.compute.logps import PLAIN_LM_HEADS
 from dpo_plugin.compute.losses import LossOptions
 from dpo_plugin.compute.step import PreferenceStep
+from dpo_plugin.engines.ranks import on_any_rank
+from dpo_plugin.engines.sharded import gather_policy
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.settings import RunSettings
 from dpo_plugin.host.workarounds import keep_nf4_as_packed
+from dpo_plugin.metrics.adapter_norms import AdapterNorms
 from dpo_plugin.metrics.pair import needed_by
-from dpo_plugin.model.adapters import attach
-from dpo_plugin.model.cache import ReferenceLogpCache, cache_key, config_digest, rope_limit, weights_digest
+from dpo_plugin.metrics.recorder import MetricRecorder
+from dpo_plugin.model.adapters import PolicyReferenceModel, attach
+from dpo_plugin.model.cache import (
+    CachedReference,
+    ReferenceLogpCache,
+    cache_key,
+    config_digest,
+    rope_limit,
+    weights_digest,
+)
 from dpo_plugin.model.finite import weights_not_finite
 from dpo_plugin.model.references import ReferenceStrategy
 from dpo_plugin.registry import get_registry
@@ -82,6 +93,24 @@ def make_collator(settings: RunSettings, kwargs: dict[str, Any], flat: bool) -> 
     multiple = getattr(kwargs.get("data_collator"), "pad_to_multiple_of", None) or kwargs["args"].pad_to_multiple_of
     pad = kwargs["processing_class"].pad_token_id
     return PairCollator(pad, multiple, flat, settings.config.compute.max_tokens)
+
+
+def make_reference(trainer: Any, config: Any, base: str) -> CachedReference:
+    """Make the reference of a `PreferenceTrainer`, behind its cache, for a base of this config and digest."""
+    settings, model = trainer.settings, trainer.model
+    strategy = settings.reference.strategy(model, trainer.ref_model, settings.config.reference)
+    if isinstance(model, PolicyReferenceModel):
+        strategy.policy_values = partial(gather_policy, model)
+    cache = open_cache(settings, strategy, base, config, partial(longest_row, trainer))
+    tolerance = rounding(settings.engine.dtype)
+    return CachedReference(strategy, cache, partial(on_any_rank, trainer.accelerator), tolerance, LOG.warning)
+
+
+def make_recorder(trainer: Any) -> MetricRecorder:
+    """Make what turns the step's log-probs into log lines, for a `PreferenceTrainer` whose reference is set up."""
+    settings, same = trainer.settings, trainer.reference.strategy.equals_policy_at_start()
+    norms = AdapterNorms(trainer.model, moving=settings.reference.strategy.moves)
+    return MetricRecorder(trainer.accelerator, settings.metrics, get_registry().metrics.owner, norms, same)
 
 
 def make_step(trainer: Any) -> PreferenceStep:

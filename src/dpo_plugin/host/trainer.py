@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from transformers import PrinterCallback, ProgressCallback
 
 from dpo_plugin.compute.batching import to_pair_batch
 from dpo_plugin.compute.dropout import disable_dropout
+from dpo_plugin.engines import master_weights
 from dpo_plugin.engines.precision import adapter_values, init_master_weights, keep_logps_fp32, restore_adapter_dtype
-from dpo_plugin.engines.ranks import on_any_rank, packs_of, without_exchange
+from dpo_plugin.engines.ranks import packs_of, without_exchange
 from dpo_plugin.engines.sharded import gather_policy, load_policy, reference_digest
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.host import batches, workarounds
@@ -24,21 +24,16 @@ from dpo_plugin.host.callbacks.health import HealthCallback
 from dpo_plugin.host.callbacks.progress import Progress, log_setup
 from dpo_plugin.host.callbacks.reference import ReferenceCallback
 from dpo_plugin.host.callbacks.samples import SamplesCallback
-from dpo_plugin.host.full_fine_tuning import MasterWeightsTrainer
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.output_dir import resume
 from dpo_plugin.host.output_dir.card import write_card
 from dpo_plugin.host.output_dir.checkpoints import checkpoint_to_resume, write_marker
 from dpo_plugin.host.plugin import DPOPlugin
-from dpo_plugin.metrics.adapter_norms import AdapterNorms
-from dpo_plugin.metrics.recorder import MetricRecorder
 from dpo_plugin.model.adapters import PolicyReferenceModel
 from dpo_plugin.model.buffers import ComputedBuffers
-from dpo_plugin.model.cache import CachedReference
-from dpo_plugin.registry import get_registry
 
 
-class PreferenceTrainer(MasterWeightsTrainer):
+class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
     """DPO with policy and reference on one base model; `dpo_plugin.host.callbacks.RunningTrainer` has its attributes.
 
     Args:
@@ -63,16 +58,13 @@ class PreferenceTrainer(MasterWeightsTrainer):
             workarounds.save_policy_instead_of_base(base, model)
         batches.check_lengths(self)
         self._set_up_engine()
-        self._set_up_reference(base)
+        digest = batches.base_identity(base)
+        self.reference = batches.make_reference(self, base.config, digest)
+        name, strategy = self.settings.reference.name, self.reference.strategy
+        self.origin = resume.origin_of(model, name, strategy, digest, self.masters)
         self.preference_step = batches.make_step(self)
-        self.recorder = MetricRecorder(
-            self.accelerator,
-            self.settings.metrics,
-            get_registry().metrics.owner,
-            AdapterNorms(model, moving=self.settings.reference.strategy.moves),
-            self.reference.strategy.equals_policy_at_start(),
-        )
-        self._eval_prefix = "eval"
+        self.recorder = batches.make_recorder(self)
+        self._eval_prefix, self._fp32_shards = "eval", frozenset[str]()
         self._add_callbacks()
         log_setup(self)
 
@@ -83,18 +75,8 @@ class PreferenceTrainer(MasterWeightsTrainer):
         if self._is_sharded():
             workarounds.save_fsdp2_adapter_through(self)
         self._attached = adapter_values(self.model)
-        self.prepare_master_weights()
-
-    def _set_up_reference(self, base: nn.Module) -> None:
-        settings = self.settings
-        strategy = settings.reference.strategy(self.model, self.ref_model, settings.config.reference)
-        if isinstance(self.model, PolicyReferenceModel):
-            strategy.policy_values = partial(gather_policy, self.model)
-        digest = batches.base_identity(base)
-        cache = batches.open_cache(settings, strategy, digest, base.config, partial(batches.longest_row, self))
-        together, tolerance = partial(on_any_rank, self.accelerator), batches.rounding(settings.engine.dtype)
-        self.reference = CachedReference(strategy, cache, together, tolerance, LOG.warning)
-        self.origin = resume.origin_of(self.model, settings.reference.name, strategy, digest, self.masters)
+        wanted = self.settings.config.compute.master_weights
+        self.masters = master_weights.prepare_models(wanted, self.accelerator, self.model, self.ref_model)
 
     def _add_callbacks(self) -> None:
         config = self.settings.config
@@ -140,18 +122,24 @@ class PreferenceTrainer(MasterWeightsTrainer):
         """Undo what the host did to the adapters after this trainer was built."""
         restore_adapter_dtype(self._attached)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Let the host's optimizer update fp32 master weights; called before FSDP2 shards what axolotl has cast."""
+        if self.masters and self.accelerator.is_fsdp2:
+            self._fp32_shards |= master_weights.widen(self.model)
+        optimizer = super().create_optimizer(model)
+        if self.masters:
+            master_weights.add_master_weights(optimizer, self.model, LOG.warning)
+        return optimizer
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, or resume from a whole checkpoint that was made with the same base, reference and settings.
 
         Raises:
             CheckpointError: If the checkpoint is incomplete, damaged, not ours, or was made with something else.
         """
+        reads, folder = self.accelerator.is_local_main_process, Path(self.args.output_dir)
         checkpoint = checkpoint_to_resume(
-            resume_from_checkpoint,
-            self.settings.resume_named,
-            Path(self.args.output_dir),
-            self.origin,
-            self.accelerator.is_local_main_process,
+            resume_from_checkpoint, self.settings.resume_named, folder, self.origin, reads
         )
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
@@ -254,6 +242,14 @@ class PreferenceTrainer(MasterWeightsTrainer):
                 if _internal_call:
                     resume.save_reference(self.reference.strategy, folder)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save weights in the dtype that they are computed in, not in that of FSDP2's master weights."""
+        narrowed = state_dict and self._fp32_shards and master_weights.narrow(state_dict, self._fp32_shards)
+        super()._save(output_dir, narrowed or state_dict)
+        if narrowed:
+            self.model.config.dtype = torch.bfloat16
+            self.model.config.save_pretrained(output_dir or self.args.output_dir)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint and, last, the digests of its files; only then delete older ones."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -268,9 +264,17 @@ class PreferenceTrainer(MasterWeightsTrainer):
             resume.complete_checkpoint(folder, self.origin, limit, self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save them without the host's copy of the adapter."""
+        """Save them with master weights, and without the host's copy of the adapter."""
         with workarounds.without_fsdp_model_file() if self._is_sharded() else nullcontext():
             super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            master_weights.save_master_weights(self.model, Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load them with master weights."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            master_weights.load_master_weights(self.model, Path(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Resume from the adapter file."""

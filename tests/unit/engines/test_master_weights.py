@@ -1,5 +1,7 @@
 """Master weights of bf16 parameters, against AdamW in fp32 written by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from dpo_plugin.engines.master_weights import (
     load_master_weights,
     master_weight,
     narrow,
+    prepare_models,
     save_master_weights,
     widen,
 )
@@ -36,6 +39,14 @@ def groups(of):
 
 def adamw(of, cls=torch.optim.AdamW, **settings):
     return cls(groups(of), lr=RATE, betas=BETAS, eps=EPS, **settings)
+
+
+def taken(optimizer, of):
+    """Whether the optimizer takes master weights, or what is said when it does not."""
+    said = []
+    add_master_weights(optimizer, of, said.append)
+    assert all("does not take fp32 master weights. Write: optimizer: " in line for line in said)
+    return not said
 
 
 def set_gradients(of, step):
@@ -69,7 +80,7 @@ def share_moved(now, start):
 def test_the_optimizer_steps_in_fp32_and_the_model_has_what_it_rounds_to(settings):
     policy = model()
     expected, optimizer = by_hand(policy, 3), adamw(policy, **settings)
-    assert add_master_weights(optimizer, policy)
+    assert taken(optimizer, policy)
     for step in (1, 2, 3):
         set_gradients(policy, step)
         optimizer.step()
@@ -85,7 +96,7 @@ def test_one_step_moves_all_masters_where_bf16_alone_moves_few():
     alone, with_masters = model(), model()
     start = {name: p.detach().float() for name, p in alone.named_parameters()}
     optimizers = adamw(alone), adamw(with_masters)
-    assert add_master_weights(optimizers[1], with_masters)
+    assert taken(optimizers[1], with_masters)
     for policy, optimizer in zip((alone, with_masters), optimizers, strict=True):
         set_gradients(policy, 1)
         optimizer.step()
@@ -98,8 +109,8 @@ def test_groups_frozen_and_fp32_parameters_and_steps_without_gradients_stay_as_t
     policy[1].weight.requires_grad_(False)
     policy[2].float()
     frozen, optimizer = policy[1].weight.clone(), adamw(policy)
-    assert add_master_weights(optimizer, policy)
-    assert add_master_weights(optimizer, policy), "a second call"
+    assert taken(optimizer, policy)
+    assert taken(optimizer, policy), "a second call"
     assert [(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups] == [(3, DECAY), (2, 0.0)]
     assert {p.dtype for g in optimizer.param_groups for p in g["params"] if p.requires_grad} == {torch.float32}
     assert optimizer.param_groups[1]["params"][1] is policy[2].bias
@@ -113,7 +124,7 @@ def test_a_tied_weight_has_one_master():
     policy.append(nn.Linear(32, 64, bias=False, dtype=torch.bfloat16))
     policy[3].weight = policy[0].weight
     optimizer = adamw(policy)
-    assert add_master_weights(optimizer, policy)
+    assert taken(optimizer, policy)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(policy.parameters())) == 5
 
 
@@ -123,7 +134,7 @@ def test_bitsandbytes_keeps_32_bits_for_embeddings_and_8_for_the_rest(kind):
     policy = nn.Sequential(nn.Embedding(64, 128), nn.Linear(128, 64)).bfloat16()
     optimizer = getattr(bnb.optim, kind)(policy.parameters(), lr=RATE)
     bnb.optim.GlobalOptimManager.get_instance().register_module_override(policy[0], "weight", {"optim_bits": 32})
-    assert add_master_weights(optimizer, policy)
+    assert taken(optimizer, policy)
     places = [(0, place) for place in range(3)]
     bits = [optimizer.get_config(*place, optimizer.param_groups[0])["optim_bits"] for place in places[:2]]
     assert bits == [32, 8]
@@ -149,7 +160,7 @@ def test_an_optimizer_that_takes_no_masters_is_left_as_it_is(optimizer):
     policy = model()
     made = optimizer(policy)
     before = [parameter for group in made.param_groups for parameter in group["params"]]
-    assert not add_master_weights(made, policy)
+    assert not taken(made, policy)
     assert all(a is b for a, b in zip(before, made.param_groups[0]["params"], strict=True))
     assert all(master_weight(parameter).dtype == torch.bfloat16 for parameter in policy.parameters())
 
@@ -157,7 +168,7 @@ def test_an_optimizer_that_takes_no_masters_is_left_as_it_is(optimizer):
 def stepped(policy, first, last):
     """An optimizer of a policy, after steps."""
     optimizer = adamw(policy)
-    add_master_weights(optimizer, policy)
+    assert taken(optimizer, policy)
     for step in range(first, last + 1):
         set_gradients(policy, step)
         optimizer.step()
@@ -211,3 +222,14 @@ def test_deepspeed_always_has_master_weights():
     check_master_weights(False, EngineSettings.read({}))
     with pytest.raises(ConfigError, match=r"under ZeRO-2: DeepSpeed always.*Write: master_weights: true"):
         check_master_weights(False, engine)
+
+
+def test_what_the_model_keeps_in_fp32_stays_so():
+    policy = model()
+    for name in ("0", "2"):
+        policy.get_submodule(name).float()
+    policy._keep_in_fp32_modules = ["2"]
+    accelerator = SimpleNamespace(state=SimpleNamespace(), is_fsdp2=False)
+    assert prepare_models(True, accelerator, policy, None)
+    dtypes = {name: parameter.dtype for name, parameter in policy.named_parameters()}
+    assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {"2.weight", "2.bias"}

@@ -127,7 +127,7 @@ class TestArgumentsReachTheTemplate:
 
     def render(self, name, chosen, template_kwargs=None, **row):
         row = {"prompt": [self.ASK], "chosen": chosen, "rejected": "no idea", **row}
-        renderer = Renderer(templates.tokenizer(name), name=name, template_kwargs=template_kwargs)
+        renderer = Renderer(templates.tokenizer(name), name=name, template_kwargs=template_kwargs or {})
         return renderer.render(FORMATS["chat"](row, Columns()))
 
     def test_tools_and_tool_calls(self):

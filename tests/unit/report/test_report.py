@@ -22,7 +22,7 @@ from dpo_plugin.host.commands.cli import dpo
 from dpo_plugin.metrics.aggregates import MetricMeans
 from dpo_plugin.metrics.fields import explain
 from dpo_plugin.metrics.pair import METRICS
-from dpo_plugin.registry import Names, Registered
+from dpo_plugin.registry import Names
 from dpo_plugin.report.charts import (
     BUCKETS,
     Chart,
@@ -116,9 +116,9 @@ def test_the_command_replays_what_is_registered_without_what_the_config_switches
     def broken(history: Any) -> Finding | None:
         raise KeyError("x")
 
-    entries = {name: Registered(check, "dpo_plugin") for name, check in CHECKS.items()}
-    entries |= {"theirs": Registered(theirs, "their-package"), "broken": Registered(broken, "their-package")}
-    checks = Names("health check", entries)
+    checks = Names("health check")
+    for name, check in {**CHECKS, "theirs": theirs, "broken": broken}.items():
+        checks.add(name, check, "dpo_plugin" if name in CHECKS else "their-package")
     monkeypatch.setattr(registry, "get_registry", lambda: SimpleNamespace(health_checks=checks))
     found = {}
     for name, health in {
