@@ -73,7 +73,11 @@ def patch_accelerate(deepspeed: bool, fsdp: bool) -> None:
 
 
 def patch_axolotl() -> None:
-    """Load quantised models on the CPU, where axolotl names the rank's GPU, and warm up no CUDA allocator."""
+    """Load quantised models on the CPU, where axolotl names the rank's GPU, and warm up no CUDA allocator.
+
+    And do not ask GPUs whether they reach each other: a CUDA build of torch looks for a driver then.
+    """
+    import axolotl.utils.trainer
     import transformers.modeling_utils
     from axolotl.loaders.model import ModelLoader
 
@@ -86,6 +90,7 @@ def patch_axolotl() -> None:
 
     ModelLoader._load_model_from_pretrained = load_on_cpu
     transformers.modeling_utils.caching_allocator_warmup = lambda *_, **__: None
+    axolotl.utils.trainer.check_cuda_p2p_ib_support = lambda: True
 
 
 def patch_deepspeed() -> None:

@@ -32,12 +32,13 @@ def load_config(config: dict[str, Any], folder: Path) -> Any:
 
 
 def train(config: dict[str, Any], folder: Path) -> Run:
-    from axolotl.common.datasets import load_preference_datasets
+    from axolotl.common.datasets import load_datasets, load_preference_datasets
     from axolotl.integrations.base import PluginManager
     from axolotl.train import train as axolotl_train
 
     folder.mkdir(parents=True, exist_ok=True)
     cfg = load_config(config, folder)
-    data = PluginManager.get_instance().load_datasets(cfg, preprocess=False) or load_preference_datasets(cfg=cfg)
+    load = load_preference_datasets if cfg.rl else load_datasets
+    data = PluginManager.get_instance().load_datasets(cfg, preprocess=False) or load(cfg=cfg)
     _, _, trainer = axolotl_train(cfg=cfg, dataset_meta=data)
     return Run(Path(cfg.output_dir), trainer)

@@ -20,6 +20,7 @@ from dpo_plugin.host.commands import running
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.output_dir.lock import hold, release
 from dpo_plugin.host.settings import RunSettings, read_settings
+from dpo_plugin.host.versions import check_versions
 from dpo_plugin.host.workarounds import accept_fsdp2_with_nf4, ignore_deprecated_collectives
 from dpo_plugin.host.yaml_keys import typed
 from dpo_plugin.model.adapter_config import AdapterFolder
@@ -35,6 +36,7 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.settings: RunSettings | None = None
+        self.asked_for = True
         self.shown: dict[str, Any] = {}
 
     @staticmethod
@@ -57,8 +59,11 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         Raises:
             DPOPluginError: For anything that the config alone shows to be wrong.
         """
+        self.settings, self.asked_for = None, asks_for_plugin(cfg)
+        if not self.asked_for:
+            return
         report_errors()
-        self.settings = None
+        check_versions()
         self.shown = shown_settings(cfg)  # as written, before the host adds its defaults
         command = running.running_command(cfg)
         if running.intended_rl(cfg) in ("dpo", "ipo") and command != "train":
@@ -86,12 +91,12 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         elif not (raw.get("test_datasets") or raw.get("val_set_size")) and os.environ.get("RANK", "0") == "0":
             LOG.info("dpo_plugin: no pairs are held out, so overfitting cannot be seen. Write: val_set_size: 0.05")
         check_host_memory(raw, self.settings)
-        accept_fsdp2_with_nf4(cfg, self.settings.engine)
+        accept_fsdp2_with_nf4(TRAINER)
         cfg["trainer_cls"] = TRAINER
 
-    def get_input_args(self) -> str:
-        """The schema that is mixed into axolotl's."""
-        return "dpo_plugin.config.DPOPluginArgs"
+    def get_input_args(self) -> str | None:
+        """The schema that is mixed into axolotl's, if the config is for us."""
+        return "dpo_plugin.config.DPOPluginArgs" if self.asked_for else None
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
         """Keys of the YAML that axolotl 0.19 passes on for SFT alone (core/builders/causal.py:218,248).
@@ -135,6 +140,17 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         stays = self.settings is not None and not self.settings.reference.strategy.moves
         if stays and isinstance(model, PolicyReferenceModel) and model.has_reference:
             check_reference_unchanged(model)
+
+
+def asks_for_plugin(cfg: Any) -> bool:
+    """Whether a raw config names us: axolotl 0.20 and newer register an installed plugin for every config."""
+    entries = [entry for key in ("datasets", "test_datasets") for entry in _list(cfg.get(key)) if hasattr(entry, "get")]
+    names = [*_list(cfg.get("plugins")), *(entry.get("type") for entry in entries)]
+    return cfg.get("dpo_plugin") is not None or any(str(name).startswith("dpo_plugin") for name in names)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def settings_for_evaluation(cfg: Any, settings: RunSettings) -> RunSettings:

@@ -9,29 +9,36 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import transformers.trainer
+from axolotl.utils.schemas.validation import OptimizationValidationMixin
 from torch import nn
 
-from dpo_plugin.engines.config import EngineSettings
 from dpo_plugin.host.output_dir.resume import saving
 from dpo_plugin.model.adapters import PolicyReferenceModel
 
 
-def accept_fsdp2_with_nf4(cfg: Any, engine: EngineSettings) -> None:
-    """Allow DPO on a 4-bit base under FSDP2, which axolotl 0.19 refuses although it runs.
+@cache
+def accept_fsdp2_with_nf4(trainer: str) -> None:
+    """Allow QLoRA under FSDP2 to runs of our trainer, which axolotl 0.19 to 0.21 refuse for DPO although it runs.
 
-    The refusal (utils/schemas/validation.py:1178) compares the version with the number 2; everything behind it takes
-    "2" as well, and the schema makes it a number again. tests/ranks/test_ranks.py trains the combination.
+    The schema for a config is made from its bases when plugins have been registered, so the check is replaced in the
+    base that has it (utils/schemas/validation.py:1178 in 0.19, :1500 in 0.21). tests/ranks/test_ranks.py trains the
+    combination; tests/unit/host/test_workarounds.py fails when the host allows it.
 
     Args:
-        cfg: The raw config; its ``fsdp_version`` is changed for exactly this combination.
-        engine: What was read from it.
+        trainer: ``trainer_cls`` of our runs; any other config is checked as before.
     """
-    if engine.fsdp and cfg.get("load_in_4bit") and cfg.get("adapter") == "qlora":
-        cfg["fsdp_version"] = "2"
+    theirs = vars(OptimizationValidationMixin)["check_fsdp2_base_model_quant_rl"].__func__
+
+    def check_fsdp2_base_model_quant_rl(cls: Any, data: Any) -> Any:
+        ours = data.get("trainer_cls") == trainer and data.get("load_in_4bit") and data.get("adapter") == "qlora"
+        return data if ours else theirs(cls, data)
+
+    OptimizationValidationMixin.check_fsdp2_base_model_quant_rl = classmethod(check_fsdp2_base_model_quant_rl)
 
 
 def ignore_deprecated_collectives() -> None:

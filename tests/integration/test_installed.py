@@ -1,0 +1,85 @@
+"""axolotl 0.20 and newer register an installed plugin for every config: one that does not name ours is left alone."""
+
+import importlib.metadata
+
+import axolotl
+import pytest
+from axolotl.integrations import base as integrations
+from axolotl.integrations.base import PluginManager
+from packaging.version import Version
+from safetensors.torch import load_file
+
+from dpo_plugin.host.plugin import DPOPlugin, asks_for_plugin
+from tests.support import host, tiny
+
+FINDS_PLUGINS = hasattr(integrations, "PLUGIN_ENTRY_POINT_GROUP")
+OURS = "dpo_plugin.DPOPlugin"
+
+
+def test_the_package_offers_its_plugin_to_the_host():
+    offered = importlib.metadata.entry_points(group="axolotl.plugins")
+    assert [point.load() for point in offered if point.name == "dpo_plugin"] == [DPOPlugin]
+    assert (Version(axolotl.__version__) >= Version("0.20")) == FINDS_PLUGINS
+
+
+@pytest.mark.parametrize(
+    ("config", "ours"),
+    [
+        ({"plugins": [OURS], "rl": "dpo"}, True),
+        ({"plugins": ["dpo_plugin:DPOPlugin"]}, True),
+        ({"dpo_plugin": {}}, True),
+        ({"datasets": [{"path": "a"}, {"path": "b", "type": "dpo_plugin.chat"}]}, True),
+        ({"test_datasets": [{"path": "b", "type": "dpo_plugin.chat"}]}, True),
+        ({"rl": "dpo", "datasets": [{"path": "a", "type": "chat_template.default"}]}, False),
+        ({"rl": "dpo", "plugins": ["axolotl.integrations.liger.LigerPlugin"], "datasets": "a"}, False),
+        ({"datasets": [{"path": "a", "type": {"field_messages": "m"}}, 3], "plugins": None}, False),
+    ],
+)
+def test_a_config_that_names_the_plugin_asks_for_it(config, ours):
+    assert asks_for_plugin(config) == ours
+
+
+STOCK = {"path": str(tiny.ROOT / "recipes/data/preferences.jsonl"), "ds_type": "json", "type": "chat_template.default"}
+SFT = {"path": str(tiny.ROOT / "recipes/data/sft.jsonl"), "ds_type": "json", "type": "chat_template"}
+CONFIGS = {
+    "dpo": {
+        "datasets": [{**STOCK, "field_messages": "chosen", "field_chosen": "chosen", "field_rejected": "rejected"}]
+    },
+    "sft": {"rl": None, "rl_beta": None, "datasets": [{**SFT, "field_messages": "messages"}]},
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_config_that_does_not_name_the_plugin_trains_as_without_it(kind, base_dir, tmp_path, monkeypatch):
+    """Bit for bit: adapter, losses, and no file or setting of ours."""
+
+    def train(folder):
+        settings = {**CONFIGS[kind], "plugins": None, "save_strategy": "no", "save_steps": None, "max_steps": 3}
+        run = host.train(tiny.dpo_config(base_dir, folder / "out", **settings), folder)
+        weights = load_file(run.output_dir / "adapter_model.safetensors")
+        return run, weights, [line["loss"] for line in run.lines]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(integrations, "entry_points", lambda group: [], raising=False)
+        _, expected, losses = train(tmp_path / "without")
+        assert OURS not in PluginManager.get_instance().plugins
+    run, found, found_losses = train(tmp_path / "with")
+    assert (OURS in PluginManager.get_instance().plugins) == FINDS_PLUGINS
+    assert type(run.trainer).__module__.startswith("axolotl.")
+    assert found_losses == losses
+    assert {key: value.tolist() for key, value in found.items()} == {k: v.tolist() for k, v in expected.items()}
+    assert not list(run.output_dir.glob("dpo*"))
+
+
+@pytest.mark.skipif(not FINDS_PLUGINS, reason="axolotl 0.19 knows no entry points of plugins")
+def test_a_section_is_enough_where_the_host_finds_plugins(base_dir, sft_dir, tmp_path):
+    settings = {
+        "plugins": None,
+        "lora_model_dir": str(sft_dir),
+        "save_strategy": "no",
+        "save_steps": None,
+        "max_steps": 1,
+    }
+    run = host.train(tiny.dpo_config(base_dir, tmp_path / "out", **settings, dpo_plugin={}), tmp_path)
+    assert run.trainer.model.has_reference
+    assert run.lines[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
