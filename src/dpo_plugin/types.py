@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, Self, TypedDict, get_args
 
 if TYPE_CHECKING:
@@ -230,10 +230,6 @@ class RunFacts:
         known = {entry.name for entry in fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in known})
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -271,10 +267,6 @@ class Finding:
         if not (texts and steps and isinstance(found.numbers, Mapping) and found.severity in get_args(Severity)):
             raise TypeError("not a finding")
         return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
 
     def text(self) -> str:
         """One line for the log."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,15 +46,8 @@ def tolerance(logps: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     return noise * tokens.sqrt() + torch.finfo(torch.float32).eps * logps.abs()
 
 
-@dataclass(frozen=True, slots=True)
-class Deviation:
-    """The answer on which policy and reference differ most for its length.
-
-    Attributes:
-        nats: |log π − log π_ref|.
-        tokens: Its completion tokens.
-        allowed: What rounding explains, nats.
-    """
+class Deviation(NamedTuple):
+    """The answer on which policy and reference differ most for its length: nats, its tokens, nats that are allowed."""
 
     nats: float
     tokens: int

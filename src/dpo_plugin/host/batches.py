@@ -190,11 +190,9 @@ def open_cache(
 def rounding(dtype: torch.dtype) -> float:
     """Bound by how much two forwards of one model may differ in batches of other shapes: nats per √token.
 
-    Eight times the spacing of the numbers that the run multiplies. 16-bit training and serving of one model differ by a
-    Kullback-Leibler divergence of about 8e-4 nats a token in bf16 (arXiv 2510.26788), which is 0.04 in this unit.
-
-    Args:
-        dtype: `EngineSettings.dtype`.
+    Eight times the spacing of the numbers that the run multiplies (`EngineSettings.dtype`). 16-bit training and
+    serving of one model differ by a Kullback-Leibler divergence of about 8e-4 nats a token in bf16 (arXiv 2510.26788),
+    which is 0.04 in this unit.
     """
     return max(8 * torch.finfo(dtype).eps, 1e-3)
 

@@ -10,8 +10,6 @@ from axolotl.utils.logging import get_logger
 
 LOG = get_logger("axolotl.dpo_plugin")
 
-_UNWRITTEN: set[Path] = set()
-
 
 @contextmanager
 def may_fail(file: Path) -> Iterator[None]:
@@ -19,6 +17,4 @@ def may_fail(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if file not in _UNWRITTEN:
-            _UNWRITTEN.add(file)
-            LOG.warning(f"dpo_plugin: training goes on, but {file} cannot be written: {error}")
+        LOG.warning_once(f"dpo_plugin: training goes on, but {file} cannot be written: {error}")

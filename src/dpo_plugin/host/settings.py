@@ -84,13 +84,14 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
     _check_losses(cfg, config, registry)
     policy = _policy_folder(cfg)
     jinja = cfg.get("chat_template_jinja")  # needs no name, as in the host's validator
+    own = {} if cfg.get("adapter") else {"master_weights": config.compute.master_weights}
     return RunSettings(
         config=config,
         policy=policy,
         reference=_reference(cfg, config.reference, policy, engine, registry),
         engine=engine,
         revision=cfg.get("revision_of_model"),
-        numerics=_numerics(cfg, config),
+        numerics={key: cfg[key] for key in _NUMERICS if cfg.get(key)} | own,
         template={
             "chat_template": cfg.get("chat_template") or ("jinja" if jinja else None),
             "chat_template_jinja": jinja,
@@ -104,11 +105,6 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
         datasets=_entries(cfg, "datasets", registry),
         test_datasets=_entries(cfg, "test_datasets", registry),
     )
-
-
-def _numerics(cfg: Mapping[str, Any], config: DPOPluginConfig) -> dict[str, Any]:
-    found = {key: cfg[key] for key in _NUMERICS if cfg.get(key)}
-    return found if cfg.get("adapter") else {**found, "master_weights": config.compute.master_weights}
 
 
 def _check_host_keys(cfg: Mapping[str, Any]) -> None:

@@ -23,11 +23,7 @@ def renderer_of(
 ) -> Renderer:
     """Make the renderer of one dataset entry; its template comes before the config's and the tokenizer's own.
 
-    Args:
-        cfg: `RunSettings.template`, or the host's config, which holds the same keys.
-        entry: The entry.
-        tokenizer: The tokenizer.
-        refuse_special_tokens: Whether text that holds a control token is refused.
+    The config is `RunSettings.template`, or the host's, which holds the same keys.
     """
     own = entry.get("chat_template") or ("jinja" if entry.get("chat_template_jinja") else None)
     choice = own or cfg.get("chat_template")

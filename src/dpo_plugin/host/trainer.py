@@ -40,7 +40,6 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
         model: The base model, without adapters.
         ref_model: The second model that the host loads for full fine-tuning; None with an adapter.
         peft_config: The host's LoRA settings, used when no ``lora_model_dir`` is given.
-        kwargs: What `AxolotlDPOTrainer` takes.
     """
 
     def __init__(self, model: nn.Module, ref_model: nn.Module | None = None, *, peft_config: Any = None, **kwargs: Any):

@@ -24,12 +24,12 @@ def check_versions() -> None:
     Raises:
         DPOPluginError: Naming TRL's version and those that serve.
     """
-    tested = {name: str(pin.specifier) for name, pin in _pins().items()}
-    installed = {name: version(name) for name in ("axolotl", "trl", "transformers")}
-    if installed["axolotl"] not in _pins()["axolotl"].specifier:
+    pins = {pin.name: pin.specifier for pin in map(Requirement, requires("dpo-plugin") or []) if pin.marker is None}
+    ours, axolotl = f"dpo_plugin {version('dpo-plugin')}", version("axolotl")
+    if axolotl not in pins["axolotl"]:
         LOG.warning_once(
-            f"dpo_plugin: axolotl {installed['axolotl']} was not tested with dpo_plugin {version('dpo-plugin')}; "
-            f"axolotl{tested['axolotl']} was. To get one of these: pip install 'axolotl{tested['axolotl']}'"
+            f"dpo_plugin: axolotl {axolotl} was not tested with {ours}; axolotl{pins['axolotl']} was. "
+            f"To get one of these: pip install 'axolotl{pins['axolotl']}'"
         )
     try:
         from trl import DPOTrainer
@@ -39,12 +39,6 @@ def check_versions() -> None:
         missing = ", ".join(name for name in LEANED_ON if not hasattr(DPOTrainer, name))
     if missing:
         raise DPOPluginError(
-            f"trl {installed['trl']} on transformers {installed['transformers']} lacks what dpo_plugin "
-            f"{version('dpo-plugin')} builds on ({missing}); trl{tested['trl']} has it. "
-            f"Write: pip install 'trl{tested['trl']}' 'transformers{tested['transformers']}'"
+            f"trl {version('trl')} on transformers {version('transformers')} lacks what {ours} builds on ({missing}); "
+            f"trl{pins['trl']} has it. Write: pip install 'trl{pins['trl']}' 'transformers{pins['transformers']}'"
         )
-
-
-def _pins() -> dict[str, Requirement]:
-    requirements = map(Requirement, requires("dpo-plugin") or [])
-    return {requirement.name: requirement for requirement in requirements if requirement.marker is None}

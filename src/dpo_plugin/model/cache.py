@@ -207,7 +207,6 @@ class CachedReference:
     although their key is, all of them are dropped and computed again.
 
     Attributes:
-        strategy: The strategy.
         cache: The cache, or None.
         on_any_rank: Tells whether a condition holds on any rank, since ranks must forward together.
         tolerance: Most that cached log-probs may be off, as `deviation` measures it.

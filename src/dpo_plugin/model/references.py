@@ -131,7 +131,6 @@ class ReferenceChoice:
 
     Attributes:
         name: Name of the strategy.
-        strategy: The strategy.
         adapter: The adapter that is the reference, if the strategy uses one.
         cache_dir: Folder for the reference's log-probs, or None.
     """

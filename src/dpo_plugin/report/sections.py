@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from dpo_plugin.health.history import History
@@ -91,4 +92,4 @@ def _plain(value: Any) -> str:
 
 def settings_of(run: RunRecord) -> dict[str, str]:
     """The run's config, or where it was not written what else is known of its settings."""
-    return flat(run.config) or flat(run.history.facts.to_dict())
+    return flat(run.config) or flat(asdict(run.history.facts))

@@ -4,7 +4,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -380,8 +380,8 @@ def test_errors_come_first_in_a_replay():
 
 def test_findings_and_facts_survive_json():
     finding = run(*FAULTS["overfitting"]())["overfitting"]
-    assert Finding.from_dict({**json.loads(json.dumps(finding.to_dict())), "unknown": 1}) == finding
-    facts = RunFacts.from_dict({**json.loads(json.dumps(FACTS.to_dict())), "unknown": 1})
+    assert Finding.from_dict({**json.loads(json.dumps(asdict(finding))), "unknown": 1}) == finding
+    facts = RunFacts.from_dict({**json.loads(json.dumps(asdict(FACTS))), "unknown": 1})
     assert replace(facts, losses=tuple(facts.losses)) == FACTS
 
 

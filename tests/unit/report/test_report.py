@@ -5,6 +5,7 @@ import json
 import math
 import re
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,7 +54,7 @@ def folder(path: Path, name: str = "healthy", **more: Any) -> Path:
     (path / LOG).write_text("".join(map(log_text, lines)), encoding="utf-8")
     (path / "data_audit.json").write_text(json.dumps({"datasets": audits}), encoding="utf-8")
     config = {"rl": "dpo", "learning_rate": facts.learning_rate, "dpo_plugin": {"reference": {"strategy": "adapter"}}}
-    (path / RUN).write_text(json.dumps({"facts": facts.to_dict(), "config": config, **more}), encoding="utf-8")
+    (path / RUN).write_text(json.dumps({"facts": asdict(facts), "config": config, **more}), encoding="utf-8")
     return path
 
 
@@ -142,7 +143,7 @@ def test_the_command_replays_what_is_registered_without_what_the_config_switches
 
 def test_findings_that_were_written_are_taken(tmp_path: Path):
     one = Finding("it is odd", "Look. Write: a: b", "warning", 5, {"loss": 1.0}, "theirs", 9)
-    assert read_run(folder(tmp_path, "diverged", findings=[one.to_dict()])).findings == [one]
+    assert read_run(folder(tmp_path, "diverged", findings=[asdict(one)])).findings == [one]
 
 
 def test_a_log_that_was_cut_is_read_up_to_the_cut(tmp_path: Path):
@@ -367,7 +368,7 @@ def test_every_check_has_a_curve_to_be_marked_on():
 
 
 def test_another_packages_field_is_drawn_and_its_finding_marked_there_or_on_the_loss(tmp_path: Path):
-    path = folder(tmp_path, findings=[Finding("odd", "Look. Write: a: b", first_step=20, check="theirs").to_dict()])
+    path = folder(tmp_path, findings=[asdict(Finding("odd", "Look. Write: a: b", first_step=20, check="theirs"))])
     lines = [{**line, "mine/number": 1.0 + line["step"]} for line in recorded("healthy")[0] if "loss" in line]
     (path / LOG).write_text("".join(map(log_text, lines)), encoding="utf-8")
     page = body(written([read_run(path)], tmp_path))
@@ -377,7 +378,7 @@ def test_another_packages_field_is_drawn_and_its_finding_marked_there_or_on_the_
 
 def test_what_comes_from_outside_is_escaped(tmp_path: Path):
     evil = "<script>alert(1)</script>"
-    path = folder(tmp_path / "out", findings=[Finding(evil, f"{evil} Write: {evil}", check=evil).to_dict()])
+    path = folder(tmp_path / "out", findings=[asdict(Finding(evil, f"{evil} Write: {evil}", check=evil))])
     (path / SAMPLES).write_text(json.dumps({"prompt": evil, "policy": evil, evil: 1}) + "\n", encoding="utf-8")
     lines = [{**line, evil: float(line["step"]), f"rewards/accuracies/{evil}": 0.5} for line in recorded("healthy")[0]]
     (path / LOG).write_text("".join(map(log_text, lines)), encoding="utf-8")
@@ -422,7 +423,7 @@ def test_paths_are_shown_as_they_are(path: str):
 @pytest.mark.parametrize("name", ["severity", "check", "message", "advice"])
 def test_no_field_of_a_finding_is_markup(tmp_path: Path, name: str):
     evil = '"><script>alert(1)</script>'
-    finding = Finding("it is odd", "Look. Write: a: b").to_dict() | {name: evil, "numbers": {evil: 1.0}}
+    finding = asdict(Finding("it is odd", "Look. Write: a: b")) | {name: evil, "numbers": {evil: 1.0}}
     path = folder(tmp_path, findings=[finding])
     (path / "data_audit.json").write_text(json.dumps({"datasets": [{"where": evil, "kept": evil, "cut": None}]}))
     page = written([read_run(path)], tmp_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class RunningTrainer(Protocol):
         computed_buffers: Of policy and second model.
         origin: What the run trains with.
         beta: β.
+        cache_reference: Computes and caches the reference's log-probs of a collated micro-batch.
 
     The others are those of transformers' trainer.
     """
@@ -47,15 +48,7 @@ class RunningTrainer(Protocol):
     processing_class: Any
     callback_handler: Any
     is_fsdp_enabled: bool
-
-    def is_world_process_zero(self) -> bool:
-        """Whether this process writes the files of the run."""
-
-    def cache_reference(self, inputs: dict[str, Any]) -> None:
-        """Compute and cache the reference's log-probs of a collated micro-batch."""
-
-    def get_train_dataloader(self) -> Any:
-        """Make a loader of the training data."""
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Make a loader of evaluation data."""
+    is_world_process_zero: Callable[[], bool]
+    cache_reference: Callable[[dict[str, Any]], None]
+    get_train_dataloader: Callable[[], Any]
+    get_eval_dataloader: Callable[[Any], Any]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,14 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         """
         if self.monitor is None or not self.trainer.is_world_process_zero():
             return
-        content = {"facts": self.monitor.history.facts.to_dict(), "config": DPOPlugin.active().shown, **more}
+        content = {"facts": asdict(self.monitor.history.facts), "config": DPOPlugin.active().shown, **more}
         with may_fail(self.folder / RUN):
             (self.folder / RUN).write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
 
     def _finish(self) -> None:
         """Write the findings and the report; a failure must not cost a run that has ended well."""
         findings = in_order(self.monitor.findings.values()) if self.monitor else []
-        self._write(findings=[one.to_dict() for one in findings], rewards=self.trainer.recorder.reward_course())
+        self._write(findings=[asdict(one) for one in findings], rewards=self.trainer.recorder.reward_course())
         if not self.report or not self.trainer.is_world_process_zero():
             return
         from dpo_plugin.report.report import write_report

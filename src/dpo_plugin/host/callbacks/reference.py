@@ -19,7 +19,6 @@ class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, trainer: RunningTrainer):
         self.trainer = trainer
-        self._told = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Check that ranks agree; with ``precompute_ref_log_probs``, run the reference over all rows not cached yet."""
@@ -69,9 +68,8 @@ class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
         if cache is None:
             return
         cache.flush()
-        if cache.failure and not self._told:
-            self._told = True
-            LOG.warning(f"dpo_plugin: training goes on, but no reference log-probs are cached on disk: {cache.failure}")
+        if cache.failure:
+            LOG.warning_once(f"dpo_plugin: training goes on, but no reference log-probs are cached: {cache.failure}")
 
 
 def _facts(trainer: RunningTrainer) -> dict[str, Any]:

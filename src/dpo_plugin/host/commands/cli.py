@@ -110,7 +110,7 @@ def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> Any:
     page = write_report(records, out or Path(runs[0]) / "report.html")
     if as_json:
         found = [
-            {"run": run.name, "verdict": verdict(run)[0], "findings": [one.to_dict() for one in run.findings]}
+            {"run": run.name, "verdict": verdict(run)[0], "findings": [asdict(one) for one in run.findings]}
             for run in records
         ]
         return {"report": str(page), "runs": found}

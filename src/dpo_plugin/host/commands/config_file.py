@@ -24,11 +24,7 @@ _ANY_MACHINE = (
 
 
 def load_config(raw: Mapping[str, Any], machine: tuple[Any, Any] = _ANY_MACHINE) -> tuple[Any, RunSettings]:
-    """The validated config and our settings, without the host's log of the whole config.
-
-    Args:
-        raw: What `read_yaml` gives.
-        machine: The host's ``gpu_capabilities()``.
+    """The validated config and our settings, without the host's log of it; `machine` is its ``gpu_capabilities()``.
 
     Raises:
         ConfigError: If the config does not use dpo_plugin for DPO.
