@@ -47,6 +47,8 @@ WRONG = [
     ({"context_parallel_size": "~"}, "context_parallel_size", "context_parallel_size: 1"),
     ({"dataset_prepared_path": "/dev/null"}, "dataset_prepared_path", "dataset_prepared_path: last_run_prepared"),
     ({"output_dir": "/dev/null/out"}, "output_dir", "output_dir: ./outputs/dpo"),
+    ({"rl_beta": [[{}]]}, "rl_beta", "rl_beta: 0.1"),
+    ({"dpo_plugin": {"compute": {"checkpoint_layers": [[{}]]}}}, "dpo_plugin.compute.checkpoint_layers", "checkpoint_layers: auto"),
     ({"dpo_plugin": {"reference": {"cache": "/dev/null"}}}, "dpo_plugin.reference.cache", "cache: true"),
     (entry(data_files=1), "datasets[0].data_files", "data_files: [data/preferences.jsonl]"),
     (entry(roles=["user"]), "datasets[0].roles", "roles: {user: [human]}"),

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.enums import ChatTemplate
 from pydantic import AfterValidator, Field, ValidationError
 
@@ -135,13 +134,18 @@ def typed(cfg: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: Naming the first key whose value cannot be what the key means, and the line to write.
     """
-    # Not as the host's DictDefault, whose every attribute is there and None, which pydantic takes for its own.
-    plain = cfg.to_dict() if isinstance(cfg, DictDefault) else cfg
     try:
-        read = RawConfig.model_validate({key: value for key, value in plain.items() if isinstance(key, str)})
+        read = RawConfig.model_validate({key: _plain(value) for key, value in cfg.items() if isinstance(key, str)})
         return read.model_dump(exclude_unset=True)
     except ValidationError as error:
         raise ConfigError(message(error, RawConfig)) from error
+
+
+def _plain(value: Any) -> Any:
+    """Without the host's DictDefault, whose every attribute is there and None, which pydantic takes for its own."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list) else value
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

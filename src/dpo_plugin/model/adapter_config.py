@@ -83,7 +83,7 @@ def _read_config(file: Path) -> dict[str, Any]:
         key = ".".join(map(str, problem["loc"]))
         found = f"{str(problem['input'])[:60]!r}: {problem['msg']}"
         raise AdapterError(f"{file}: `{key}` cannot be {found}. Save the adapter again.") from error
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise AdapterError(f"{file} cannot be used: {str(error)[:200]}. Save the adapter again.") from error
     return config
 

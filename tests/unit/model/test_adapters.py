@@ -342,6 +342,12 @@ class TestMisfits:
         with pytest.raises(AdapterError, match=reason):
             AdapterFolder.open(copy_adapter(sft_dir, tmp_path, **change), "lora_model_dir")
 
+    def test_settings_that_peft_reads_without_end(self, sft_dir, tmp_path):
+        """PEFT 0.20 takes the keys of a settings object that it does not know for its own, and begins anew."""
+        folder = copy_adapter(sft_dir, tmp_path, monteclora_config={"q_proj": 4})
+        with pytest.raises(AdapterError, match=r"cannot be used.* Save the adapter again"):
+            AdapterFolder.open(folder, "lora_model_dir")
+
 
 def copy_adapter(folder, target, **changes):
     import shutil
