@@ -1,16 +1,21 @@
 # `make demo` and `make test` need Python 3.11+, make and gcc, and nothing else installed.
-PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do command -v $$python && break; done)
-# A build that axolotl 0.19 supports. pip takes the build that fits the machine: the CUDA one from PyPI, or the one
-# that your pip is set up to find.
+# The newest Python that runs has the newest axolotl: 0.21 from 3.12 on, 0.19 on 3.11. That a command is there is not
+# enough: pyenv puts one on the PATH for every version that it knows, and PYENV_VERSION=3.12 makes it one that runs.
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11; do \
+	$$python -c "import ensurepip; print('$$python')" 2>/dev/null && break; done)
+# A build that axolotl 0.19, 0.20 and 0.21 support. pip takes the build that fits the machine: the CUDA one from PyPI, or
+# the one that your pip is set up to find.
 TORCH ?= torch==2.13.0
-VENV := .venv
+# A second host beside the first: make test-core VENV=.venv-0.20 AXOLOTL=axolotl==0.20.0
+AXOLOTL ?= axolotl
+VENV ?= .venv
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: help install demo test test-ranks unit lint types fix bench clean
+.PHONY: help install demo test test-ranks test-core test-newest unit lint types fix bench clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,10 +23,10 @@ help:  ## list these targets
 install: $(VENV)/installed  ## make .venv with everything, at the versions of pyproject.toml
 
 $(VENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	$(or $(PYTHON),$(error No Python from 3.11 to 3.13 runs here; make PYTHON=... names one)) -m venv $(VENV)
 	pip install --quiet --upgrade pip
 	pip install --quiet "$(TORCH)"
-	pip install --quiet --editable ".[dev,deepspeed]"
+	pip install --quiet --editable ".[dev,deepspeed]" "$(AXOLOTL)"
 	touch $@
 
 demo: install  ## train a tiny model with SFT, then DPO, and show what changed (under 10 minutes)
@@ -35,6 +40,15 @@ test: install lint types  ## lint, types and tests (about 12 minutes)
 
 test-ranks: install  ## the 72B recipes on two processes (about 30 minutes)
 	python -m pytest tests/ranks
+
+test-core: install  ## what matters most, one process and two: for a second host beside the first (about 8 minutes)
+	OMP_NUM_THREADS=1 python -m pytest -m core tests/unit tests/integration tests/ranks
+
+test-newest:  ## the same with the newest trl, peft and transformers, whatever axolotl pins; reports, never fails
+	-$(MAKE) install VENV=.venv-newest
+	-.venv-newest/bin/pip install --quiet --upgrade trl peft transformers
+	-$(MAKE) test-core VENV=.venv-newest
+	.venv-newest/bin/pip list | grep --extended-regexp "^(axolotl|peft|torch|transformers|trl) "
 
 unit: install  ## the fast tests alone
 	python -m pytest tests/unit
@@ -55,4 +69,4 @@ bench: install  ## speed and memory against stock (about 30 minutes; an idle mac
 	python benchmarks/data_prep.py --json benchmarks/data_prep.json
 
 clean:  ## remove .venv and outputs
-	rm -rf $(VENV) outputs
+	rm -rf .venv .venv-* outputs

@@ -102,6 +102,7 @@ def test_evaluation_in_packs(base_dir, sft_dir, tmp_path):
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.core
 def test_a_4_bit_run_goes_on_after_an_evaluation(base_dir, sft_dir, tmp_path):
     settings = {
         "adapter": "qlora",
@@ -117,6 +118,7 @@ def test_a_4_bit_run_goes_on_after_an_evaluation(base_dir, sft_dir, tmp_path):
     assert evaluations[-1] < evaluations[0]
 
 
+@pytest.mark.core
 def test_nf4_flat_pairs_equal_two_rows(base_dir):
     from transformers import BitsAndBytesConfig
 

@@ -56,6 +56,7 @@ def with_adapter(base_dir, folder):
     return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir), str(folder)))
 
 
+@pytest.mark.core
 def test_merge_lora_merges_the_dpo_adapter_unless_told_otherwise(finished, base_dir, sft_dir):
     told = axolotl("merge-lora", finished, engine="zero3")
     assert "merge-lora uses the DPO adapter" in told
@@ -68,6 +69,7 @@ def test_merge_lora_merges_the_dpo_adapter_unless_told_otherwise(finished, base_
     assert (merged - sft).abs().max() < 1e-4
 
 
+@pytest.mark.core
 def test_merging_from_nf4_says_in_which_precision(finished, monkeypatch):
     from axolotl.utils.dict import DictDefault
 

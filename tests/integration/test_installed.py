@@ -13,6 +13,7 @@ from transformers import set_seed
 from dpo_plugin.host.plugin import DPOPlugin, asks_for_plugin
 from tests.support import host, tiny
 
+pytestmark = pytest.mark.core
 FINDS_PLUGINS = hasattr(integrations, "PLUGIN_ENTRY_POINT_GROUP")
 OURS = "dpo_plugin.DPOPlugin"
 

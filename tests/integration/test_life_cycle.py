@@ -54,6 +54,7 @@ def half(whole, tmp_path_factory):
     return folder
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("how", ["resume_from_checkpoint", "auto_resume_from_checkpoints"])
 def test_6_steps_and_resume_and_6_are_12(base_dir, sft_dir, whole, half, tmp_path, how):
     shutil.copytree(half, tmp_path / "out")
@@ -222,6 +223,7 @@ def test_early_stopping_by_our_metric(base_dir, sft_dir, tmp_path):
     assert run.trainer.state.global_step == 3
 
 
+@pytest.mark.core
 def test_small_steps_are_not_rounded_away_on_a_quantised_base(base_dir, sft_dir, tmp_path):
     """At lr 1e-6, 20 steps: the adapter on NF4 travels as far as AdamW's steps in fp32 reach (host: 5 % in bf16)."""
     settings = {

@@ -49,6 +49,7 @@ def reference(**section):
     return {"dpo_plugin": {"reference": section}}
 
 
+@pytest.mark.core
 class TestStrategies:
     @pytest.mark.parametrize("settings", [{}, {"adapter": "qlora", "load_in_4bit": True}], ids=["fp32", "nf4"])
     @pytest.mark.parametrize("strategy", ["adapter", "ema"])

@@ -15,6 +15,7 @@ from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel, a
 from tests.support import host
 from tests.support.tiny import ROOT, dpo_config
 
+pytestmark = pytest.mark.core
 STOCK = [
     {"path": str(ROOT / "recipes/data/preferences.jsonl"), "ds_type": "json", "type": "chat_template.argilla_chat"}
 ]

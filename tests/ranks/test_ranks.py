@@ -18,7 +18,12 @@ from tests.support.cpu_ranks import launch
 PACKS = {"compute": {"max_tokens": 420}}
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+CORE = ("zero3-nf4", "fsdp2-nf4")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.core if name in CORE else ()) for name in ENGINES]
+)
 def name(request):
     return request.param
 

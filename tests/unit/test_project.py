@@ -1,10 +1,15 @@
 """What the project says of itself: targets, test folders, the tree in the README, the version."""
 
+import platform
 import re
 import subprocess
 import tomllib
+from importlib.metadata import requires, version
 
+import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import dpo_plugin
 from tests.support.tiny import ROOT
@@ -55,11 +60,39 @@ def test_the_readme_names_every_room_and_no_file_that_is_not_there():
             assert any((source / room[1]).rglob(name)) if room else (source / name).is_file(), name
 
 
+def hosts():
+    """The table of tested hosts in the README: a dictionary a row, by the column's name."""
+    head, _, *rows = re.search(r"\n((?:\| .*\n)\|(?:-+\|)+\n(?:\| .*\n)+)\n`core`", read("README.md"))[1].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *rows)]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[1:]]
+
+
+def test_the_hosts_that_the_readme_lists_are_those_that_are_admitted():
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    extras = project["optional-dependencies"]["deepspeed"]
+    admitted = {pin.name: pin.specifier for pin in map(Requirement, [*project["dependencies"], *extras])}
+    for row in hosts():
+        for name in {"axolotl", "trl", "peft", "transformers", "torch", "deepspeed"}:
+            assert row[name] in admitted[name], (name, row)
+    listed = {Version(row["axolotl"]).minor for row in hosts()}
+    assert listed == {minor for minor in range(100) if f"0.{minor}.0" in admitted["axolotl"]}
+    known = {re.search(r"Python :: (3\.\d+)", line) for line in project["classifiers"]} - {None}
+    assert {row["Python"] for row in hosts()} == {match[1] for match in known}
+
+
+def test_the_readme_lists_this_host_with_what_it_pins():
+    python, axolotl = platform.python_version_tuple()[:2], version("axolotl")
+    rows = [row for row in hosts() if (row["Python"], row["axolotl"]) == (".".join(python), axolotl)]
+    if not rows:
+        pytest.skip(f"axolotl {axolotl} on Python {'.'.join(python)} is not one of those in the README")
+    pins = {pin.name: pin.specifier for pin in map(Requirement, requires("axolotl")) if not pin.extras}
+    for name in ("trl", "peft", "transformers", "torch", "bitsandbytes"):
+        assert rows[0][name] in pins[name], name
+
+
 def test_the_version_has_one_source():
-    version = tomllib.loads(read("pyproject.toml"))["project"]["version"]
-    assert dpo_plugin.__version__ == version
-    assert f"## [{version}]" in read("CHANGELOG.md")
-    files = subprocess.run(
-        ["grep", "-rlF", f'"{version}"', "src"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    ours = tomllib.loads(read("pyproject.toml"))["project"]["version"]
+    assert dpo_plugin.__version__ == ours
+    assert f"## [{ours}]" in read("CHANGELOG.md")
+    files = subprocess.run(["grep", "-rlF", f'"{ours}"', "src"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert files.stdout == ""

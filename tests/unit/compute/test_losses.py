@@ -17,6 +17,8 @@ from dpo_plugin.compute.loss_traits import traits_of
 from dpo_plugin.compute.losses import LOSSES, LossOptions, score
 from dpo_plugin.types import PairLogps
 
+pytestmark = pytest.mark.core
+
 
 def logps(pc, pr, rc, rr, beta=1.0, tokens=(1.0, 1.0)) -> PairLogps:
     values = [torch.tensor([float(v)]) for v in (pc, pr, rc, rr, *tokens, 0, 0)]

@@ -10,6 +10,8 @@ import trl
 from dpo_plugin.errors import DPOPluginError
 from dpo_plugin.host import versions
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture
 def said(monkeypatch):

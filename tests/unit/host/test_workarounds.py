@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from dpo_plugin.host import workarounds
 from dpo_plugin.host.plugin import TRAINER
 
+pytestmark = pytest.mark.core
 QLORA = {
     "base_model": "x",
     "rl": "dpo",
