@@ -25,7 +25,9 @@ install: $(VENV)/installed  ## make .venv with everything, at the versions of py
 $(VENV)/installed: pyproject.toml
 	$(or $(PYTHON),$(error No Python from 3.11 to 3.13 runs here; make PYTHON=... names one)) -m venv $(VENV)
 	pip install --quiet --upgrade pip
-	pip install --quiet "$(TORCH)"
+	pip install --quiet "$(TORCH)" setuptools
+	# axolotl pins it; it has no wheel for Python 3.13, and in an environment of its own its build fails there.
+	pip install --quiet --no-build-isolation zstandard==0.22.0
 	pip install --quiet --editable ".[dev,deepspeed]" "$(AXOLOTL)"
 	touch $@
 

@@ -5,14 +5,16 @@ import time
 import pytest
 
 from tests.ranks.shipped import STEPS, config, curve
-from tests.support.cpu_ranks import launch
+from tests.support.cpu_ranks import launch, torchrun
 from tests.support.dying_rank import time_of_death
+
+DYING = "tests.support.dying_rank.DyingRank"
 
 
 @pytest.mark.parametrize("name", ["zero3-nf4", "fsdp2-nf4"])
 def test_a_killed_rank_ends_the_run_and_the_next_one_goes_on(name, base_dir, sft, alone, tmp_path):
     settings = config(name, base_dir, sft, tmp_path, save_steps=3, auto_resume_from_checkpoints=True)
-    dying = launch(settings, tmp_path, more_plugins=("tests.support.dying_rank.DyingRank",), DIE_AT_STEP="5")
+    dying = launch(settings, tmp_path, more_plugins=(DYING,), command=torchrun, DIE_AT_STEP="5")
     ended_after = time.time() - float(time_of_death(dying.output_dir).read_text())
     print(f"\n{name}: the run ended {ended_after:.1f} s after its rank, with code {dying.returncode}")
     assert dying.returncode != 0

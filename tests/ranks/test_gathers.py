@@ -6,7 +6,7 @@ import pytest
 
 from tests.ranks.shipped import config
 from tests.support.cpu_ranks import PLUGINS, launch
-from tests.support.gathers import gathers_file
+from tests.support.gathers import STOCK, gathers_file
 from tests.support.tiny import ROOT
 
 COUNT = "tests.support.gathers.CountGathers"
@@ -55,9 +55,7 @@ def test_gathers_per_micro_step(name, base_dir, sft, data, tmp_path):
     )
     assert run.returncode == 0, run.error()
     stock = short(name, base_dir, sft, tmp_path / "b", data, "chat_template.argilla_chat")
-    stock["trainer_cls"] = "tests.support.gathers.StockOnAdapters"
-    if name.startswith("fsdp2"):
-        stock["fsdp_version"] = "2"  # the number is refused with 4 bit
+    stock["trainer_cls"] = STOCK
     theirs = launch(stock, tmp_path / "b", plugins=PLUGINS[:1], more_plugins=(COUNT,))
     assert theirs.returncode == 0, theirs.error()
     found, expected = (json.loads(gathers_file(run.output_dir).read_text()) for run in (run, theirs))

@@ -1,4 +1,4 @@
-"""Other launchers than axolotl's torchrun, and two nodes, start the same recipe and print the same curve."""
+"""torchrun, other launchers, and two nodes start the same recipe and print the same curve."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +13,7 @@ from tests.support.cpu_ranks import (
     launch,
     run_group,
     tool,
+    torchrun,
     write_config,
 )
 from tests.support.tiny import ROOT
@@ -43,7 +44,10 @@ def assert_same_curve(run, alone, name):
     assert (curve(run.lines) - curve(alone(name).lines[:STEPS])).abs().max() <= 2e-3
 
 
-@pytest.mark.parametrize(("launcher", "name"), [(accelerate, "fsdp2-nf4"), (deepspeed, "zero3-nf4")])
+@pytest.mark.parametrize(
+    ("launcher", "name"),
+    [(torchrun, "zero3-nf4"), (torchrun, "fsdp2-nf4"), (accelerate, "fsdp2-nf4"), (deepspeed, "zero3-nf4")],
+)
 def test_launcher(launcher, name, base_dir, sft, alone, tmp_path):
     run = launch(short(name, base_dir, sft, tmp_path), tmp_path, command=launcher)
     assert_same_curve(run, alone, name)

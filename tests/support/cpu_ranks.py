@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 
 from dpo_plugin.engines.sharded import full_tensor, gather_policy, gathered
 from dpo_plugin.model.adapters import PolicyReferenceModel, adapter_tensors
+from tests.support.rank_server import run_ranks
 from tests.support.tiny import ROOT
 
 PLUGINS = ["tests.support.cpu_ranks.CPURanks", "dpo_plugin.DPOPlugin"]
@@ -253,13 +254,15 @@ def launch(
     timeout: float = 300,
     more_plugins: tuple[str, ...] = (),
     plugins: list[str] = PLUGINS,
-    command: Callable[[Path, int], list[str]] = torchrun,
+    command: Callable[[Path, int], list[str]] | None = None,
     **engine_env: str,
 ) -> RankRun:
-    """Train with gloo ranks of one thread each, and wait for it."""
+    """Train with gloo ranks of one thread each, forked or started by a command, and wait for it."""
     file = write_config({**config, "plugins": [*plugins, *more_plugins]}, folder)
     environment = {**clean_environment(bool(config.get("deepspeed"))), **engine_env}
-    return RankRun(Path(config["output_dir"]), *run_group(command(file, ranks), environment, timeout))
+    if command:
+        return RankRun(Path(config["output_dir"]), *run_group(command(file, ranks), environment, timeout))
+    return RankRun(Path(config["output_dir"]), *run_ranks(file, ranks, free_port(), environment, timeout))
 
 
 def write_config(config: dict[str, Any], folder: Path) -> Path:

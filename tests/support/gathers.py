@@ -12,6 +12,7 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 from peft import PeftModel
 from transformers import TrainerCallback
 
+from dpo_plugin.host.workarounds import accept_fsdp2_with_nf4
 from tests.support.cpu_ranks import records
 
 LEAST = 512
@@ -26,6 +27,9 @@ class StockOnAdapters(AxolotlDPOTrainer):
         super().__init__(PeftModel.from_pretrained(model, adapter, is_trainable=True), None, **kwargs)
 
 
+STOCK = f"{__name__}.{StockOnAdapters.__name__}"
+
+
 class CountGathers(BasePlugin):
     """Writes ``[gathers, bytes]`` of parameters for each micro-step."""
 
@@ -35,6 +39,7 @@ class CountGathers(BasePlugin):
         self.micro_steps: list[tuple[int, int]] = []
 
     def register(self, cfg: Any) -> None:
+        accept_fsdp2_with_nf4(STOCK)
         for name in ("all_gather_into_tensor", "all_gather_single", "all_gather"):
             setattr(dist, name, self._counted(getattr(dist, name)))
 
