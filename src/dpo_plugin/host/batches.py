@@ -116,17 +116,15 @@ def make_recorder(trainer: Any) -> MetricRecorder:
 def make_step(trainer: Any) -> PreferenceStep:
     """Make the step of a `PreferenceTrainer` whose reference is set up."""
     config, args = trainer.settings.config, trainer.args
-    names, losses = trainer.loss_types, get_registry().losses
+    names, losses = args.loss_type, get_registry().losses
     weights = args.loss_weights or [1.0] * len(names)
     checked = trainer.reference.strategy.equals_policy_at_start() and args.disable_dropout
     return PreferenceStep(
         reference=trainer.reference,
         losses={name: (losses.find(name, "dpo_loss_type"), w) for name, w in zip(names, weights, strict=True)},
-        loss_options=LossOptions(
-            beta=trainer.beta, label_smoothing=trainer.label_smoothing or 0.0, **dict(config.loss)
-        ),
+        loss_options=LossOptions(beta=args.beta, label_smoothing=args.label_smoothing or 0.0, **dict(config.loss)),
         forward_options=ForwardOptions(
-            wpo=bool(trainer.use_weighting),
+            wpo=bool(args.use_weighting),
             ld_alpha=config.loss.ld_alpha,
             entropy="entropy" in needed_by(trainer.settings.metrics.values()),
             chunk=config.compute.logits_chunk,

@@ -51,7 +51,8 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
             disable_dropout(model, ref_model)
         self.computed_buffers = [ComputedBuffers(one) for one in (model, ref_model) if one is not None]
         kwargs["data_collator"] = batches.make_collator(self.settings, kwargs, flat)
-        super().__init__(*workarounds.hide_adapters_from_trl(model, ref_model), **kwargs)
+        with workarounds.without_what_trl_does_itself(model, kwargs["args"]):
+            super().__init__(*workarounds.hide_adapters_from_trl(model, ref_model), **kwargs)
         if isinstance(model, PolicyReferenceModel):
             model.train_only_policy()
             workarounds.save_policy_instead_of_base(base, model)
@@ -105,10 +106,6 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
         if "prompt_ids" in (dataset.column_names or []):
             return dataset
         return super()._prepare_dataset(dataset, *args, **kwargs)
-
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """Leave the data as it is: `ReferenceCallback` fills the cache when the engine has prepared the model."""
-        return dataset
 
     # ── a run ──
 

@@ -10,12 +10,20 @@ from dpo_plugin.errors import DPOPluginError
 from dpo_plugin.host.log import LOG
 
 LEANED_ON = (
-    "_compute_loss", "_prepare_dataset", "_precompute_ref_logps", "create_accelerator_and_postprocess",
-    "_prepare_for_training", "_run_epoch", "_save_checkpoint", "_save_optimizer_and_scheduler", "_load_from_checkpoint",
-    "_load_best_model",
+    "_compute_loss", "_get_output_dir", "_load_best_model", "_load_from_checkpoint", "_load_optimizer_and_scheduler",
+    "_prepare_dataset", "_prepare_for_training", "_prepare_inputs", "_run_epoch", "_save", "_save_checkpoint",
+    "_save_optimizer_and_scheduler", "add_callback", "create_accelerator_and_postprocess", "create_model_card",
+    "create_optimizer", "evaluate", "get_eval_dataloader", "get_train_dataloader", "is_world_process_zero", "log",
+    "remove_callback", "save_model", "train", "training_step",
 )  # fmt: skip
-"""Methods of TRL's `DPOTrainer`, its own or transformers', that `PreferenceTrainer` takes over: a missing one would
-leave the host's in force without a word."""
+"""Methods of TRL's `DPOTrainer`, its own or transformers', that `PreferenceTrainer` takes over or calls: a missing one
+would leave the host's in force without a word, or end a run in its middle."""
+
+SETTINGS = (
+    "beta", "disable_dropout", "label_smoothing", "loss_type", "loss_weights", "max_length", "pad_to_multiple_of",
+    "precompute_ref_log_probs", "use_weighting",
+)  # fmt: skip
+"""Fields of TRL's own in `DPOConfig` that are read here."""
 
 
 def check_versions() -> None:
@@ -32,11 +40,12 @@ def check_versions() -> None:
             f"To get one of these: pip install 'axolotl{pins['axolotl']}'"
         )
     try:
-        from trl import DPOTrainer
+        from trl import DPOConfig, DPOTrainer
     except ImportError as error:
         missing = str(error)
     else:
-        missing = ", ".join(name for name in LEANED_ON if not hasattr(DPOTrainer, name))
+        lacks = [name for name in LEANED_ON if not hasattr(DPOTrainer, name)]
+        missing = ", ".join([*lacks, *(name for name in SETTINGS if name not in DPOConfig.__dataclass_fields__)])
     if missing:
         raise DPOPluginError(
             f"trl {version('trl')} on transformers {version('transformers')} lacks what {ours} builds on ({missing}); "

@@ -125,3 +125,24 @@ def without_fsdp_model_file() -> Iterator[None]:
         yield
     finally:
         transformers.trainer.save_fsdp_model = theirs
+
+
+@contextmanager
+def without_what_trl_does_itself(model: nn.Module, args: Any) -> Iterator[None]:
+    """Context in which TRL's trainer is made without refusing a LoRA on the head and without reference log-probs.
+
+    TRL 1.16 refuses the LoRA because its own fused head reads the base's weight (trl/trainer/dpo_trainer.py:835); ours
+    calls the head. With ``precompute_ref_log_probs``, TRL runs its own reference, under a hash of every weight of the
+    base on every rank (:981; 1.9:1113); ours is cached, under a key that is read from the files.
+    tests/integration/test_kinds_of_lora.py and test_references.py hold both.
+    """
+    asked, args.precompute_ref_log_probs = args.precompute_ref_log_probs, False
+    hides_head = isinstance(model, PolicyReferenceModel)
+    if hides_head:
+        model.get_output_embeddings = lambda: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        args.precompute_ref_log_probs = asked
+        if hides_head:
+            del model.get_output_embeddings

@@ -25,7 +25,6 @@ class RunningTrainer(Protocol):
         recorder: What is added to a log line.
         computed_buffers: Of policy and second model.
         origin: What the run trains with.
-        beta: β.
         cache_reference: Computes and caches the reference's log-probs of a collated micro-batch.
 
     The others are those of transformers' trainer.
@@ -37,7 +36,6 @@ class RunningTrainer(Protocol):
     recorder: MetricRecorder
     computed_buffers: Sequence[ComputedBuffers]
     origin: Origin
-    beta: float
     args: Any
     state: Any
     accelerator: Any

@@ -115,7 +115,7 @@ def run_facts(trainer: RunningTrainer) -> RunFacts:
     sizes = [(whole_size(parameter), parameter.requires_grad) for parameter in model.parameters()]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return RunFacts(
-        beta=trainer.beta,
+        beta=trainer.args.beta,
         learning_rate=args.learning_rate,
         losses=tuple(trainer.preference_step.losses),
         adapter_dtype=trainer.recorder.trained_dtype(),

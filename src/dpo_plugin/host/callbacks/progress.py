@@ -95,7 +95,7 @@ def log_setup(trainer: Any) -> None:
     losses = ", ".join(trainer.preference_step.losses)
     LOG.info(
         f"dpo_plugin: policy starts from {start}, {trainable:,} trainable parameters; "
-        f"reference: {settings.reference}; loss: {losses}, beta {trainer.beta}"
+        f"reference: {settings.reference}; loss: {losses}, beta {trainer.args.beta}"
     )
     if trainer.ref_model is not None:
         size = sum(p.numel() * p.element_size() for p in trainer.ref_model.parameters()) / 2**30

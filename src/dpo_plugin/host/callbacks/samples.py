@@ -55,7 +55,7 @@ def make_sampler(trainer: RunningTrainer, settings: SamplesConfig, seed: int) ->
         seed=seed,
     )
     flat, chunk = trainer.data_collator.flat, trainer.settings.config.compute.logits_chunk
-    return Sampler(trainer.reference.strategy, tokenizer, options, trainer.beta, flat, chunk)
+    return Sampler(trainer.reference.strategy, tokenizer, options, trainer.args.beta, flat, chunk)
 
 
 def _stop_ids(trainer: RunningTrainer) -> tuple[int, ...]:
