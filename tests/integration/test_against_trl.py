@@ -12,6 +12,7 @@ from trl import DPOConfig, DPOTrainer
 from tests.support import host
 from tests.support.tiny import dpo_config
 
+pytestmark = pytest.mark.core
 STEPS, BOUND = 14, 1e-5
 SETTINGS = {
     "learning_rate": 1e-3,

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -57,6 +58,7 @@ def curve(run: host.Run) -> dict[str, object]:
     return {"token_ids": hashlib.sha256(ids.encode()).hexdigest(), "losses": [line["loss"] for line in run.lines]}
 
 
+@pytest.mark.core
 def test_the_first_losses_are_those_of_other_hosts(tmp_path):
     found, stored = curve(train_tiny_recipe(tmp_path)), json.loads(FILE.read_text(encoding="utf-8"))
     assert found["token_ids"] == stored["token_ids"]
