@@ -110,7 +110,7 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
     # ── a run ──
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Set the precision of FSDP2 before TRL shards the second model (trl/trainer/dpo_trainer.py:934)."""
+        """Set the precision of FSDP2 before TRL shards the second model (trl/trainer/dpo_trainer.py:961)."""
         super().create_accelerator_and_postprocess()
         keep_logps_fp32(self.accelerator)
 
@@ -155,7 +155,7 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
         return prepared
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        """Train an epoch, unless the run is at its last step already: transformers 5.16 would take one more."""
+        """Train an epoch, unless the run is at its last step already: transformers 5.16 to 5.20 would take one more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -164,7 +164,10 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
     # ── the step ──
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One micro-step, without the garbage collection of axolotl 0.19 (core/trainers/dpo/trainer.py:100).
+        """One micro-step, the one that TRL inherits from transformers.
+
+        The host's trainer has one of its own up to axolotl 0.20, which ends with a garbage collection
+        (core/trainers/dpo/trainer.py:100). tests/unit/host/test_workarounds.py says when it has another.
 
         A micro-batch of several packs has a forward and backward for each; gradients are exchanged with the last.
         """
@@ -218,9 +221,9 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy with PEFT's keys, along with what it was trained with.
 
-        transformers 5.16 gathers the whole base for it under FSDP2 and ZeRO-1 and -2; it saves no adapter where
+        transformers 5.16 to 5.20 gathers the whole base for it under FSDP2 and ZeRO-1 and -2; it saves no adapter where
         ``state_dict_type`` is not FULL_STATE_DICT or DeepSpeed's ``stage3_gather_16bit_weights_on_model_save`` is not
-        set; and what it saves from DeepSpeed is rounded to bf16 (trainer.py:3826-3854).
+        set; and what it saves from DeepSpeed is rounded to bf16 (trainer.py:4057-4085).
 
         Raises:
             CheckpointError: If it cannot be written.

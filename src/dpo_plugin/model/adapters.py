@@ -77,9 +77,23 @@ class PolicyReferenceModel(PeftModelForCausalLM):  # type: ignore[misc]
         """Context in which the model is the reference; touches no parameter, hook or module."""
         return self._active([REFERENCE])
 
-    def adapters_off(self) -> Any:
-        """Context in which the model is the base."""
-        return self._active([])
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """Context in which the model is the base; by PEFT's own flag too, since other forwards of its layers read that.
+
+        axolotl's ``lora_*_kernel``, which 0.21 attaches to this model, look for a first active adapter without it
+        (kernels/lora.py:156).
+        """
+        with self._active([]):
+            self._disable(True)
+            try:
+                yield
+            finally:
+                self._disable(False)
+
+    def _disable(self, disabled: bool) -> None:
+        for module in self._switched:
+            module._disable_adapters = disabled
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of all adapters, modules_to_save included."""
@@ -190,8 +204,8 @@ def _check_attached(model: PolicyReferenceModel, folder: AdapterFolder, name: st
 def without_copies(tensors: Mapping[str, _T]) -> dict[str, _T]:
     """The tensors of an adapter's file that are the adapter.
 
-    Where the vocabulary was resized, PEFT 0.20 saves an embedding of ``modules_to_save`` three times
-    (utils/save_and_load.py:459): as ``….weight``, which it reads again; a second time under a key that it has no place
+    Where the vocabulary was resized, PEFT 0.20 and 0.21 save an embedding of ``modules_to_save`` three times
+    (utils/save_and_load.py:342): as ``….weight``, which it reads again; a second time under a key that it has no place
     for; and the base's, which is computed with only while no adapter is active.
     """
     copies = (".modules_to_save.", ".original_module.")
@@ -230,7 +244,7 @@ def adapter_digest(model: PolicyReferenceModel, name: str, whole: Callable[[Tens
 def hold_in_fp32(model: nn.Module, adapter: str) -> None:
     """Hold an adapter's ``modules_to_save`` in fp32, while they compute in the base's dtype.
 
-    PEFT 0.20 casts the LoRA of a 16-bit base to fp32 (``autocast_adapter_dtype``) but copies these modules in 16 bits:
+    PEFT 0.20 and 0.21 cast the LoRA of a 16-bit base to fp32 (``autocast_adapter_dtype``) but copy these in 16 bits:
     values lose digits as they are loaded, small steps are rounded away, and ZeRO-3 of DeepSpeed 0.19 stops because what
     trains has two dtypes (runtime/zero/utils.py:218). Call this before the adapter's values are loaded.
     """
