@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from axolotl.utils.schemas.config import AxolotlInputConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -138,10 +139,17 @@ def test_a_fully_trained_model_is_saved_with_an_attention_that_others_know(base_
     assert loaded.config._attn_implementation == "sdpa"
 
 
-def test_ld_alpha_and_f_divergence_reach_the_loss(base_dir, sft_dir, tmp_path, flat):
-    section = {"dpo_plugin": {"loss": {"ld_alpha": 0.5, "f_divergence": "forward_kl"}}}
+@pytest.mark.parametrize("written", ["our section", "the host's key", "both"])
+def test_ld_alpha_and_f_divergence_reach_the_loss(base_dir, sft_dir, tmp_path, flat, written):
+    """The host's key is `dpo_ld_alpha`, which axolotl drops from a YAML up to 0.20."""
+    own = {"ld_alpha": 0.5} if written != "the host's key" else {}
+    theirs = {"dpo_ld_alpha": 0.5} if written != "our section" else {}
+    section = {"dpo_plugin": {"loss": {"f_divergence": "forward_kl", **own}}, **theirs}
     run = host.train(config(base_dir, sft_dir, tmp_path, **section), tmp_path)
-    assert run.trainer.preference_step.loss_options.f_divergence == "forward_kl"
+    options = run.trainer.preference_step.loss_options
+    assert (options.f_divergence, options.ld_alpha) == ("forward_kl", 0.5)
+    if "dpo_ld_alpha" in AxolotlInputConfig.model_fields:
+        assert run.trainer.args.ld_alpha == theirs.get("dpo_ld_alpha")
     assert run.lines[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
     rejected, chosen = (curve(run) - curve(flat))[0, 2:]
     assert rejected == 0  # the shorter side of each pair has no tail

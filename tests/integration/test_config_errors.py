@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.schemas.validation import ValidationMixin
 
 from dpo_plugin import hookimpl, registry
 from dpo_plugin.compute.loss_traits import LossTraits
@@ -76,6 +77,12 @@ def prepare(config, folder):
             ConfigError,
             "is not used by hinge, only by aot, aot_unpaired, exo_pair, robust, sigmoid. Write: dpo_label_smoothing: 0",
         ),
+        (
+            {"dpo_ld_alpha": 0.3, "dpo_plugin": {"loss": {"ld_alpha": 0.5}}},
+            ConfigError,
+            "`dpo_ld_alpha: 0.3` and `dpo_plugin.loss.ld_alpha: 0.5` .*differ. Remove one. Write: dpo_ld_alpha: 0.5",
+        ),
+        ({"dpo_ld_alpha": 1.5}, ConfigError, "`dpo_ld_alpha` .* less than or equal to 1 .*Write: dpo_ld_alpha: 0.5"),
         ({"dpo_loss_type": ["exo_pair"]}, ConfigError, "above 0 .* exo_pair.*Write: dpo_label_smoothing: 0.001"),
         (
             {"dpo_loss_type": ["aot"], "dpo_plugin": {"compute": {"max_tokens": 512}}},
@@ -95,7 +102,7 @@ def prepare(config, folder):
             "`deepspeed` and `fsdp_config` are both set.*Remove one",
         ),
         (
-            {"fsdp_config": {"use_orig_params": True}},
+            {"fsdp_version": 1, "fsdp_config": {"use_orig_params": True}},
             ConfigError,
             "`fsdp_config` without `fsdp_version: 2` is FSDP1.*Write: fsdp_version: 2",
         ),
@@ -296,6 +303,20 @@ class Drifting(ReferenceStrategy):
 
     def run(self, model, batch, forward):
         return forward(model, batch)
+
+
+def test_fsdp_config_without_a_version_is_what_the_host_takes_it_for(base_dir, tmp_path):
+    """axolotl took it for FSDP1 up to 0.19, and takes it for FSDP2."""
+    unversioned = {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}
+    taken = {**unversioned, "fsdp_config": dict(unversioned["fsdp_config"])}
+    assert ValidationMixin.check_fsdp_version_in_fsdp_config(taken)["fsdp_version"] in (1, 2)
+    config = dpo_config(base_dir, tmp_path / "out", **unversioned)
+    if taken["fsdp_version"] == 1:
+        with pytest.raises(ConfigError, match="without `fsdp_version: 2` is FSDP1.*Write: fsdp_version: 2"):
+            host.load_config(config, tmp_path)
+        return
+    assert host.load_config(config, tmp_path).fsdp_version == 2
+    assert DPOPlugin.active().run_settings().engine.name == "fsdp2"
 
 
 class TestWhatAThirdPartyDeclares:

@@ -4,10 +4,13 @@ import re
 
 import pytest
 import yaml
+from axolotl.utils.schemas.config import AxolotlInputConfig
 from click.testing import CliRunner
 
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.host.commands.cli import dpo
+from dpo_plugin.host.plugin import DPOPlugin
+from dpo_plugin.host.settings import read_settings
 from dpo_plugin.host.yaml_keys import LINES_OF_OTHERS as LINES
 from dpo_plugin.host.yaml_keys import RawConfig, typed
 from tests.fuzz import configs
@@ -177,3 +180,19 @@ def test_random_configs_never_end_bare(tmp_path):
     assert not bare
     assert outcomes["refused"] > 75
     assert outcomes["read"] > 0
+
+
+@pytest.mark.parametrize(("written", "expected"), [(None, False), (False, False), (True, True)])
+def test_a_loss_that_is_nan_is_logged_as_it_is_unless_the_yaml_says_otherwise(base_dir, tmp_path, written, expected):
+    cfg = host.load_config(dpo_config(base_dir, tmp_path / "out", logging_nan_inf_filter=written), tmp_path)
+    known = "logging_nan_inf_filter" in AxolotlInputConfig.model_fields  # before axolotl 0.21 it is dropped from a YAML
+    assert DPOPlugin.active().get_training_args(cfg)["logging_nan_inf_filter"] == (expected and known)
+
+
+def test_who_packs_the_weights_decides_which_reference_log_probs_are_read_again(base_dir, tmp_path):
+    qlora = {"adapter": "qlora", "load_in_4bit": True}
+    numerics = [
+        read_settings(typed(dpo_config(base_dir, tmp_path / "out", **qlora, **more))).numerics
+        for more in ({}, {"nf4_backend": "torchao"})
+    ]
+    assert numerics[0] != numerics[1]

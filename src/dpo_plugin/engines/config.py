@@ -78,11 +78,11 @@ class EngineSettings:
                 f"`deepspeed` and `{fsdp}` are both set, and only one of them can shard the model. Remove one. "
                 f"Write: {fsdp}: null"
             )
-        if fsdp and int(cfg.get("fsdp_version") or fsdp_keys(cfg).get("version") or 1) != 2:  # axolotl's default is 1
+        if fsdp and int(cfg.get("fsdp_version") or fsdp_keys(cfg).get("version") or 1) != 2:  # see yaml_keys.typed
             raise ConfigError(
                 "`fsdp_config` without `fsdp_version: 2` is FSDP1, which flattens a layer into one tensor of one "
                 "dtype: the fp32 policy that the optimizer updates cannot share it with a bf16 or 4-bit base (torch: "
-                "`Must flatten tensors with uniform dtype`), and axolotl 0.19 has deprecated it. "
+                "`Must flatten tensors with uniform dtype`), and axolotl removed it in 0.20. "
                 "Write: fsdp_version: 2, and fsdp_config as in recipes/qwen72b-dpo-fsdp.yaml"
             )
         deepspeed = read_deepspeed(setting) if setting else {}
@@ -120,7 +120,7 @@ class EngineSettings:
 def coarsest_dtype(cfg: Mapping[str, Any]) -> torch.dtype:
     """Find the dtype of coarsest resolution that a raw config multiplies in.
 
-    axolotl 0.19 takes 16 bits where the machine can and the YAML does not say (utils/config/__init__.py,
+    axolotl 0.19 to 0.21 takes 16 bits where the machine can and the YAML does not say (utils/config/__init__.py,
     resolve_dtype). 8-bit weights round their inputs too, more than bf16 does in parts. TF32 has fp16's resolution.
     """
     bf16, fp16, tf32 = cfg.get("bf16", "auto"), cfg.get("fp16") or cfg.get("float16"), cfg.get("tf32", "auto")
@@ -164,21 +164,17 @@ def check_parallel(cfg: Mapping[str, Any], engine: EngineSettings) -> None:
 def check_fsdp(cfg: Mapping[str, Any], engine: EngineSettings) -> None:
     """Check that ``cpu_ram_efficient_loading`` is one that fills every rank.
 
+    With 4 bits, axolotl 0.19 refuses it later on; 0.20 and 0.21 load NF4 in a way of their own, which is not tested.
+
     Raises:
-        ConfigError: For what axolotl refuses later on, or what leaves ranks with weights that were never loaded.
+        ConfigError: For what may leave ranks with weights that were never loaded.
     """
-    if not engine.fsdp.get("cpu_ram_efficient_loading"):
-        return
-    if cfg.get("load_in_4bit"):
-        raise ConfigError(
-            "`fsdp_config.cpu_ram_efficient_loading: true` is refused by axolotl with load_in_4bit: one rank would "
-            "quantise what the others hold in full. Write: cpu_ram_efficient_loading: false"
-        )
-    if not may_load_once(cfg):
+    if engine.fsdp.get("cpu_ram_efficient_loading") and not may_load_once(cfg):
+        bits = ", ".join(f"`{key}: {bool(cfg.get(key))}`" for key in ("load_in_4bit", "load_in_8bit"))
         raise ConfigError(
             "`fsdp_config.cpu_ram_efficient_loading: true` is tested with `adapter: lora` on a base in 16 bits, and "
-            f"this is `adapter: {cfg.get('adapter')}`, `load_in_8bit: {bool(cfg.get('load_in_8bit'))}`: ranks may be "
-            "left with weights that were never loaded. Write: cpu_ram_efficient_loading: false"
+            f"this is `adapter: {cfg.get('adapter')}`, {bits}: ranks may be left with weights that were never loaded. "
+            "Write: cpu_ram_efficient_loading: false"
         )
 
 

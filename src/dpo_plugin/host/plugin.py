@@ -93,26 +93,27 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         check_host_memory(raw, self.settings)
         accept_fsdp2_with_nf4(TRAINER)
         cfg["trainer_cls"] = TRAINER
+        cfg["logging_nan_inf_filter"] = bool(cfg.get("logging_nan_inf_filter"))  # before the host's default, true
 
     def get_input_args(self) -> str | None:
         """The schema that is mixed into axolotl's, if the config is for us."""
         return "dpo_plugin.config.DPOPluginArgs" if self.asked_for else None
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
-        """Keys of the YAML that axolotl 0.19 passes on for SFT alone (core/builders/causal.py:218,248).
+        """Keys of the YAML that axolotl 0.19 to 0.21 passes on for SFT alone (core/builders/causal.py:221,251).
 
-        And a loss that is NaN is logged as it is: transformers replaces it by the mean of the others, and asks the
-        device for it in every micro-step (trainer.py, ``logging_nan_inf_filter``).
+        And a loss that is NaN is logged as it is, unless the YAML says otherwise: transformers replaces it by the mean
+        of the others, and asks the device for it in every micro-step (trainer.py, ``logging_nan_inf_filter``).
         """
         if self.settings is None:
             return {}
         keys = ("metric_for_best_model", "greater_is_better", "load_best_model_at_end")
         found = {key: cfg[key] for key in keys if cfg.get(key) is not None}
-        found["logging_nan_inf_filter"] = False
+        found["logging_nan_inf_filter"] = bool(cfg.logging_nan_inf_filter)  # axolotl's own key since 0.21
         return {**found, "load_best_model_at_end": True} if cfg.early_stopping_patience else found
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        """Early stopping, which axolotl 0.19 sets up for SFT alone (core/builders/causal.py:127)."""
+        """Early stopping, which axolotl 0.19 to 0.21 sets up for SFT alone (core/builders/causal.py:123)."""
         if self.settings is None or not cfg.early_stopping_patience:
             return []
         return [EarlyStoppingCallback(cfg.early_stopping_patience)]
@@ -143,7 +144,7 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
 
 
 def asks_for_plugin(cfg: Any) -> bool:
-    """Whether a raw config names us: axolotl 0.20 and newer register an installed plugin for every config."""
+    """Whether a raw config names us: axolotl 0.21 registers an installed plugin for every config."""
     entries = [entry for key in ("datasets", "test_datasets") for entry in _list(cfg.get(key)) if hasattr(entry, "get")]
     names = [*_list(cfg.get("plugins")), *(entry.get("type") for entry in entries)]
     return cfg.get("dpo_plugin") is not None or any(str(name).startswith("dpo_plugin") for name in names)
@@ -156,7 +157,7 @@ def _list(value: Any) -> list[Any]:
 def settings_for_evaluation(cfg: Any, settings: RunSettings) -> RunSettings:
     """Let ``axolotl evaluate`` measure the DPO adapter against its reference, on our data.
 
-    axolotl 0.19's evaluate asks no plugin for data (cli/evaluate.py:37), so its loader is replaced;
+    The evaluate of axolotl 0.19 to 0.21 asks no plugin for data (cli/evaluate.py:37), so its loader is replaced;
     tests/integration/test_host_commands.py fails when it asks.
     """
     running.use_trained_adapter(cfg, "evaluate")

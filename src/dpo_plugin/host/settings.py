@@ -22,7 +22,9 @@ from dpo_plugin.registry import Registry, get_registry
 
 PREFIX = "dpo_plugin."
 
-_NUMERICS = ("load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "bf16", "bfloat16", "fp16", "float16", "tf32")
+_NUMERICS = (
+    "load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "nf4_backend", "bf16", "bfloat16", "fp16", "float16", "tf32",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
         DataError: If a data file is missing or empty.
     """
     registry = get_registry()
-    config = parse_config(cfg.get("dpo_plugin"))
+    config = _section(cfg)
     check_names(cfg)
     _check_host_keys(cfg)
     engine = EngineSettings.read(cfg)
@@ -105,6 +107,20 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
         datasets=_entries(cfg, "datasets", registry),
         test_datasets=_entries(cfg, "test_datasets", registry),
     )
+
+
+def _section(cfg: Mapping[str, Any]) -> DPOPluginConfig:
+    """The ``dpo_plugin:`` section, with ``dpo_ld_alpha``, axolotl's own key since 0.21, in its ``loss``."""
+    config, alpha = parse_config(cfg.get("dpo_plugin")), cfg.get("dpo_ld_alpha")
+    if alpha is None:
+        return config
+    own = config.loss.ld_alpha
+    if own not in (None, alpha):
+        raise ConfigError(
+            f"`dpo_ld_alpha: {alpha:g}` and `dpo_plugin.loss.ld_alpha: {own:g}` both weight the tokens beyond the "
+            f"shorter answer, and differ. Remove one. Write: dpo_ld_alpha: {own:g}"
+        )
+    return config.model_copy(update={"loss": config.loss.model_copy(update={"ld_alpha": alpha})})
 
 
 def _check_host_keys(cfg: Mapping[str, Any]) -> None:

@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from axolotl.utils.schemas.enums import ChatTemplate
+from axolotl.utils.schemas.validation import ValidationMixin
 from pydantic import AfterValidator, Field, ValidationError
 
 from dpo_plugin.config import Role
-from dpo_plugin.engines.config import DeepSpeed
+from dpo_plugin.engines.config import DeepSpeed, fsdp_keys
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.validation import Count, Folder, HostKeys, Integer, Name, Real, Text, Unset, message
 
@@ -99,6 +100,7 @@ class RawConfig(HostKeys):
         Annotated[list[Annotated[Real, Field(ge=0)]], Field(min_length=1), AfterValidator(_weights)] | None
     ) = Field(None, examples=[[1.0]])
     dpo_label_smoothing: Real | None = Field(None, examples=[0.1])
+    dpo_ld_alpha: Annotated[Real, Field(ge=0, le=1)] | None = Field(None, examples=[0.5])
     dpo_use_liger_kernel: bool | None = Field(None, examples=[False])
     datasets: list[DatasetEntry] | None = Field(
         None, examples=[[{"path": "data/preferences.jsonl", "type": "dpo_plugin.chat"}]]
@@ -131,14 +133,21 @@ class RawConfig(HostKeys):
 def typed(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Validate the keys of a raw config that are looked at; leave the others as they are.
 
+    With ``fsdp_config`` there is a ``fsdp_version`` too: the one that the host takes where none is written.
+
     Raises:
         ConfigError: Naming the first key whose value cannot be what the key means, and the line to write.
     """
     try:
         read = RawConfig.model_validate({key: _plain(value) for key, value in cfg.items() if isinstance(key, str)})
-        return read.model_dump(exclude_unset=True)
+        found = read.model_dump(exclude_unset=True)
     except ValidationError as error:
         raise ConfigError(message(error, RawConfig)) from error
+    if found.get("fsdp_config"):
+        asked = {"fsdp_version": found.get("fsdp_version"), "fsdp_config": fsdp_keys(found)}
+        ValidationMixin.check_fsdp_version_in_fsdp_config(asked)
+        found["fsdp_version"] = asked["fsdp_version"]
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -202,7 +211,7 @@ LINES_OF_OTHERS = {
 
 
 def check_names(cfg: Mapping[str, Any]) -> None:
-    """Refuse settings under TRL's and transformers' names, which axolotl 0.19 drops from a YAML without a word.
+    """Refuse settings under TRL's and transformers' names, which axolotl 0.19 to 0.21 drops from a YAML without a word.
 
     Raises:
         ConfigError: For the first such key.

@@ -17,7 +17,8 @@ _WHOLE = """
     adapter lora_model_dir lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_target_linear
     lora_modules_to_save lora_rank_pattern lora_alpha_pattern peft_use_dora peft_use_rslora peft_init_lora_weights
     loraplus_lr_ratio loraplus_lr_embedding unfrozen_parameters
-    rl rl_beta dpo_loss_type dpo_loss_weights dpo_label_smoothing dpo_use_weighting precompute_ref_log_probs dpo_plugin
+    rl rl_beta dpo_loss_type dpo_loss_weights dpo_label_smoothing dpo_ld_alpha dpo_use_weighting
+    precompute_ref_log_probs dpo_plugin
     val_set_size dataset_prepared_path sequence_len excess_length_strategy seed
     num_epochs max_steps micro_batch_size gradient_accumulation_steps eval_batch_size
     learning_rate lr_scheduler lr_scheduler_kwargs warmup_steps warmup_ratio optimizer weight_decay

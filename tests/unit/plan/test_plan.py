@@ -466,7 +466,7 @@ WRONG = [
     ({"deepspeed": "missing.json"}, "missing.json` does not exist"),
     ({"deepspeed": "config.yaml"}, "is not valid JSON"),
     ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "stage 2"),
-    ({"fsdp_config": {"offload_params": False}}, "fsdp_version"),
+    ({"fsdp_version": 1, "fsdp_config": {"offload_params": False}}, "fsdp_version"),
     ({"fsdp_version": 2, "fsdp_config": {"cpu_ram_efficient_loading": True}}, "cpu_ram_efficient_loading: false"),
     ({"base_model": "recipes"}, "holds no config.json"),
     ({"base_model": "nobody/no-such-model"}, "nobody/no-such-model"),
