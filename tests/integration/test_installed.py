@@ -1,4 +1,4 @@
-"""axolotl 0.20 and newer register an installed plugin for every config: one that does not name ours is left alone."""
+"""axolotl 0.21 and newer register an installed plugin for every config: one that does not name ours is left alone."""
 
 import importlib.metadata
 
@@ -21,7 +21,7 @@ OURS = "dpo_plugin.DPOPlugin"
 def test_the_package_offers_its_plugin_to_the_host():
     offered = importlib.metadata.entry_points(group="axolotl.plugins")
     assert [point.load() for point in offered if point.name == "dpo_plugin"] == [DPOPlugin]
-    assert (Version(axolotl.__version__) >= Version("0.20")) == FINDS_PLUGINS
+    assert (Version(axolotl.__version__) >= Version("0.21")) == FINDS_PLUGINS
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_config_that_does_not_name_the_plugin_trains_as_without_it(kind, base_
     assert not list(run.output_dir.glob("dpo*"))
 
 
-@pytest.mark.skipif(not FINDS_PLUGINS, reason="axolotl 0.19 knows no entry points of plugins")
+@pytest.mark.skipif(not FINDS_PLUGINS, reason="axolotl 0.19 and 0.20 know no entry points of plugins")
 def test_a_section_is_enough_where_the_host_finds_plugins(base_dir, sft_dir, tmp_path):
     settings = {
         "plugins": None,
