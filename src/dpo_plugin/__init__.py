@@ -45,7 +45,8 @@ def __getattr__(name: str) -> Any:
     try:
         globals()[name] = value = getattr(importlib.import_module(_LAZY[name]), name)
     except ImportError as error:
-        # axolotl prints an ImportError of a plugin and trains on without it (integrations/base.py, 0.19).
+        # axolotl 0.19 and 0.20 print an ImportError of a plugin and train on without it (integrations/base.py:421);
+        # 0.21 ends with it, and what to write is said on all of them.
         from dpo_plugin.errors import DPOPluginError
 
         raise DPOPluginError(

@@ -14,10 +14,10 @@ READ_FROM_CONFIG = ("blt", "falcon", "gpt_neo", "gptj", "persimmon")
 def disable_dropout(*models: nn.Module | None) -> None:
     """Set to 0 the dropout and noise that models' modules draw in training.
 
-    TRL 1.9's ``disable_dropout`` takes ``nn.Dropout`` alone (trl/trainer/utils.py:182). Attention, however, gets
-    ``attention_dropout`` of the config as a number (0.1 in Hunyuan and Seed-OSS), so policy and reference would not see
-    the same network. The config is left as it is, for it is saved with a full fine-tune, except where it is what the
-    forward reads.
+    ``disable_dropout`` of TRL 1.9 to 1.14 takes ``nn.Dropout`` alone (trl/trainer/utils.py:185). Attention, however,
+    gets ``attention_dropout`` of the config as a number (0.1 in Hunyuan and Seed-OSS), so policy and reference would
+    not see the same network. The config is left as it is, for it is saved with a full fine-tune, except where it is
+    what the forward reads.
     """
     for model in filter(None, models):
         for module in model.modules():

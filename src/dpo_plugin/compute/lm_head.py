@@ -178,8 +178,8 @@ def token_scores(logits: Tensor, labels: Tensor, options: ForwardOptions) -> Ten
     """Score labels by their logits, (tokens, columns); only the first column has a gradient.
 
     Args:
-        logits: (tokens, vocabulary), any float dtype; taken to fp32 first. TRL 1.9 takes the log-softmax and its sum in
-            the model's dtype, which in bf16 moves rewards in steps of 0.05 (trl/trainer/dpo_trainer.py:1347).
+        logits: (tokens, vocabulary), any float dtype; taken to fp32 first. TRL 1.9 to 1.14 takes the log-softmax and
+            its sum in the model's dtype: in bf16, rewards move in steps of 0.05 (trl/trainer/dpo_trainer.py:1348).
         labels: (tokens,).
         options: Which columns are wanted; others are 0.
     """

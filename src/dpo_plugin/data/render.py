@@ -1,7 +1,7 @@
 """From messages to text and token ids by the tokenizer's own chat template, without searching for the answer in it.
 
 Stock axolotl cuts the completion out with ``str.find(content)``, which finds a short answer inside the system
-prompt or a special token (axolotl 0.19, prompt_strategies/dpo/chat_template.py:109,230). Here the prompt is
+prompt or a special token (axolotl 0.19 and 0.20, prompt_strategies/dpo/chat_template.py:109,230). Here the prompt is
 rendered with its generation prompt, the conversation is rendered whole, and the completion is the difference.
 """
 

@@ -38,7 +38,7 @@ def check_master_weights(wanted: bool, engine: EngineSettings) -> None:
 def prepare_models(wanted: bool, accelerator: Any, model: nn.Module, ref_model: nn.Module | None) -> bool | None:
     """Decide whether bf16 weights get masters, before the engine takes over the model, and let it compute in bf16.
 
-    axolotl 0.19 leaves embeddings, norms and head in fp32 in full fine-tuning on one process and DDP alone
+    axolotl 0.19 to 0.21 leaves embeddings, norms and head in fp32 in full fine-tuning on one process and DDP alone
     (loaders/model.py, _configure_embedding_dtypes), where what follows them is then fp32: another curve than that of
     engines that shard. They were loaded in bf16, so nothing is lost; what the model itself keeps in fp32 stays so.
     FSDP2 is left alone where it has not been told to compute in bf16 (``bf16: full``), since with fp32 weights it
@@ -74,7 +74,8 @@ def _trained_bf16(model: nn.Module) -> dict[str, nn.Parameter]:
 def widen(model: nn.Module) -> frozenset[str]:
     """Make the trained bf16 weights fp32 before FSDP2 shards them; its mixed precision computes in bf16.
 
-    accelerate 1.13 means to do so, and its upcast does nothing (accelerate 3979).
+    accelerate 1.13 means to do so, and its upcast does nothing (accelerate 3979); 1.15's does the same as this
+    (utils/fsdp_utils.py:820), which still says which weights are saved in bf16.
 
     Returns:
         Names of these weights.

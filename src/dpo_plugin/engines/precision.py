@@ -20,8 +20,8 @@ from dpo_plugin.model.adapters import PolicyReferenceModel
 def keep_logps_fp32(accelerator: Any) -> None:
     """Let FSDP2 return log-probs as they are, and sum gradients over ranks in fp32.
 
-    accelerate 1.13 sets both ``output_dtype`` and ``reduce_dtype`` to bf16 (utils/dataclasses.py:2105), so that what
-    the root's forward returns is rounded: ln 2 becomes 0.6914, and a log-prob of 300 nats moves in steps of 2.
+    accelerate 1.13 to 1.15 sets both ``output_dtype`` and ``reduce_dtype`` to bf16 (utils/dataclasses.py:2137), so that
+    what the root's forward returns is rounded: ln 2 becomes 0.6914, and a log-prob of 300 nats moves in steps of 2.
     """
     if accelerator.is_fsdp2 and (policy := accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
         policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
@@ -38,8 +38,8 @@ def adapter_values(model: nn.Module) -> dict[nn.Parameter, Tensor]:
 def restore_adapter_dtype(values: Mapping[nn.Parameter, Tensor]) -> None:
     """Undo a cast of the adapters.
 
-    With FSDP, axolotl 0.19 casts the whole model to ``cfg.torch_dtype`` when our trainer is built
-    (core/builders/rl.py:330), and the policy would lose the fp32 weights that its optimizer updates. Only the base's
+    With FSDP, axolotl 0.19 to 0.21 casts the whole model to ``cfg.torch_dtype`` when our trainer is built
+    (core/builders/rl.py:450), and the policy would lose the fp32 weights that its optimizer updates. Only the base's
     parameters must agree in dtype: FSDP2 shards the policy in units of its own, and frozen ones may differ.
     """
     for parameter, value in values.items():
@@ -49,7 +49,7 @@ def restore_adapter_dtype(values: Mapping[nn.Parameter, Tensor]) -> None:
 def init_master_weights(values: Mapping[nn.Parameter, Tensor]) -> None:
     """Start the fp32 weights that DeepSpeed updates from the adapter as it was attached; frozen ones have none.
 
-    DeepSpeed 0.18 copies them from weights that it has cast to bf16 (runtime/zero/stage3.py:1034). A weight that starts
+    DeepSpeed copies them from weights that were cast to bf16 (0.19, runtime/zero/stage3.py:1170). A weight that starts
     on bf16's grid looks the same to the model until it has moved half a spacing: at 0.05 and a learning rate of 1e-6,
     for 120 steps. Off the grid, some weights move visibly in every step, and the curve is that of other engines.
     """

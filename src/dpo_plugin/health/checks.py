@@ -146,8 +146,8 @@ CHECKS: Mapping[str, Check] = {
         threshold=12.0,
         window=10,
         source="bf16 keeps 8 binary digits: 2 nats between neighbouring log-probs at 300 nats",
-        advice="Log-probabilities are summed in bf16 (TRL 1.9 under DeepSpeed and FSDP2). This plugin sums them in "
-        "fp32.",
+        advice="Log-probabilities are summed in bf16 (TRL 1.9 to 1.14 under DeepSpeed and FSDP2). This plugin sums "
+        "them in fp32.",
     ),
     "learning_rate_below_precision": Check(
         find=sanity.rate_below_precision,

@@ -87,8 +87,8 @@ def prepare_models(flat: bool, *models: Any) -> None:
 def make_collator(settings: RunSettings, kwargs: dict[str, Any], flat: bool) -> PairCollator:
     """Make our collator, which keeps sources and row hashes, in place of TRL's or the host's.
 
-    The host's, for ``pad_to_multiple_of``, looks for ``*_input_ids``, which TRL 1.9 no longer makes
-    (axolotl 0.19, utils/collators/dpo.py); tests/integration/test_data_runs.py holds the key.
+    The host's, for ``pad_to_multiple_of``, looks for ``*_input_ids``, which TRL 1.9 to 1.14 does not make
+    (axolotl 0.19 to 0.21, utils/collators/dpo.py:43); tests/integration/test_data_runs.py holds the key.
     """
     multiple = getattr(kwargs.get("data_collator"), "pad_to_multiple_of", None) or kwargs["args"].pad_to_multiple_of
     pad = kwargs["processing_class"].pad_token_id

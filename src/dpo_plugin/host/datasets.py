@@ -42,8 +42,9 @@ def _last_messages(row: Mapping[str, Any], columns: Columns) -> PreferencePair:
     return messages_answers({**row, **last}, columns)
 
 
-# Host types that cut short answers at the wrong place (axolotl 0.19, prompt_strategies/dpo/chat_template.py:109,230)
-# are read by ours, which mean the same.
+# Host types that are read by ours, which mean the same: the audit accounts for their rows, and short answers come out
+# whole, which axolotl 0.19 and 0.20 cut at the wrong place (prompt_strategies/dpo/chat_template.py:109,230), 0.21 only
+# where the template does not render a prompt as it begins the whole conversation (:27).
 HOST_TYPES: Mapping[str, PreferenceFormat] = {
     "chat_template": _last_messages,
     "chat_template.default": _last_messages,

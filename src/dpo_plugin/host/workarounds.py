@@ -1,7 +1,9 @@
-"""Every patch of axolotl, transformers, trl and bitsandbytes: the fault, the version, and the test that needs it.
+"""Every patch of axolotl, transformers, trl and bitsandbytes: fault, first and last version, the test that needs it.
 
-Faults of DeepSpeed and accelerate that take no patch are worked around in `dpo_plugin.engines.precision`; the commands
-that axolotl runs on the trained adapter in `dpo_plugin.host.plugin` and `dpo_plugin.host.commands.running`.
+Lines are those of the newest host that has the fault: of axolotl 0.21 with TRL 1.14, transformers 5.20 and accelerate
+1.15, unless another is named. Faults of DeepSpeed and accelerate that take no patch are worked around in
+`dpo_plugin.engines.precision`; the commands that axolotl runs on the trained adapter in `dpo_plugin.host.plugin` and
+`dpo_plugin.host.commands.running`.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ def accept_fsdp2_with_nf4(trainer: str) -> None:
     """Allow QLoRA under FSDP2 to runs of our trainer, which axolotl 0.19 to 0.21 refuse for DPO although it runs.
 
     The schema for a config is made from its bases when plugins have been registered, so the check is replaced in the
-    base that has it (utils/schemas/validation.py:1178 in 0.19, :1500 in 0.21). tests/ranks/test_ranks.py trains the
-    combination; tests/unit/host/test_workarounds.py fails when the host allows it.
+    base that has it (utils/schemas/validation.py:1500; 0.19 looks at ``fsdp_version`` too, :1178).
+    tests/ranks/test_ranks.py trains the combination; tests/unit/host/test_workarounds.py fails when the host allows it.
 
     Args:
         trainer: ``trainer_cls`` of our runs; any other config is checked as before.
@@ -44,7 +46,7 @@ def accept_fsdp2_with_nf4(trainer: str) -> None:
 def ignore_deprecated_collectives() -> None:
     """Silence torch 2.13's FutureWarnings about `all_gather_into_tensor` and `reduce_scatter_tensor`.
 
-    DeepSpeed 0.19 and FSDP2 call them in every gather, and a user can do nothing about it.
+    DeepSpeed 0.19 and FSDP2 call them in every gather on axolotl 0.19 to 0.21, and a user can do nothing about it.
     tests/ranks/test_ranks.py counts them in the output of two ranks.
     """
     deprecated = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
@@ -54,8 +56,9 @@ def ignore_deprecated_collectives() -> None:
 def keep_nf4_as_packed(model: nn.Module) -> None:
     """Keep 4-bit weights in the form that training needs through evaluations and samples.
 
-    On CPUs with AVX512-BF16, bitsandbytes 0.50.2 packs them anew for inference (nn/modules.py:613), and the next
-    training step fails: "a view of a leaf Variable that requires grad is being used in an in-place operation".
+    On CPUs with AVX512-BF16, bitsandbytes 0.50.2, which axolotl 0.19 to 0.21 have, packs them anew for inference
+    (nn/modules.py:613), and the next training step fails: "a view of a leaf Variable that requires grad is being used
+    in an in-place operation".
     tests/integration/test_compute_runs.py evaluates a 4-bit run between its steps, test_samples_runs.py samples one.
     """
     for module in model.modules():
@@ -68,11 +71,11 @@ class HeldByPolicy:
 
 
 def hide_adapters_from_trl(model: nn.Module, ref_model: nn.Module | None) -> tuple[nn.Module, Any]:
-    """Give model and ref_model a form that keeps TRL 1.9 from copying and casting our adapters.
+    """Give model and ref_model a form that keeps TRL 1.9 to 1.14 from copying and casting our adapters.
 
     Given a PeftModel and no ref_model, TRL adds an adapter "ref", always a copy of "default"
-    (trl/trainer/dpo_trainer.py:649); a stand-in, which the trainer's setter of `ref_model` takes off again, prevents
-    it. It casts what is trainable on a quantised base to bf16 (:700), so nothing is trainable until it is done.
+    (trl/trainer/dpo_trainer.py:670); a stand-in, which the trainer's setter of `ref_model` takes off again, prevents
+    it. It casts what is trainable on a quantised base to bf16 (:708), so nothing is trainable until it is done.
     Both are held by tests/integration/test_runs.py.
     """
     if not isinstance(model, PolicyReferenceModel):
@@ -84,8 +87,8 @@ def hide_adapters_from_trl(model: nn.Module, ref_model: nn.Module | None) -> tup
 def save_policy_instead_of_base(base: nn.Module, policy: PolicyReferenceModel) -> None:
     """Make the host's ``base.save_pretrained(output_dir)`` write the policy adapter.
 
-    After saving the trainer's model, axolotl 0.19 saves the base that it loaded once more, adapters injected, as
-    model.safetensors: 40 GB at 72B and of no use (train.py:406-410); on SIGINT it saves only that (:203).
+    After saving the trainer's model, axolotl 0.19 to 0.21 saves the base that it loaded once more, adapters injected,
+    as model.safetensors: 40 GB at 72B and of no use (train.py:428-430); on SIGINT it saves only that (:181).
     tests/integration/test_runs.py fails when the host stops doing so and this can go.
     """
 
@@ -99,9 +102,10 @@ def save_policy_instead_of_base(base: nn.Module, policy: PolicyReferenceModel) -
 def save_fsdp2_adapter_through(trainer: Any) -> None:
     """Make the host's last save under FSDP2 write what a checkpoint's save writes.
 
-    axolotl 0.19 hands the base without PEFT's wrapper to a function that gathers the adapter (train.py:345), whose
-    keys then lack ``base_model.model.``; PEFT and vLLM match none of them (vllm #34186: the base is served silently).
-    tests/ranks/test_ranks.py matches the keys of what FSDP2 saves.
+    axolotl hands the base without PEFT's wrapper to a function that gathers the adapter (train.py:337). In 0.19 and
+    0.20 its keys lack ``base_model.model.``; PEFT and vLLM match none of them (vllm #34186: the base is served
+    silently). 0.21 mends the keys and still leaves out ``modules_to_save`` (integrations/expert_parallel/shard.py:736).
+    tests/ranks/test_ranks.py matches the keys of what FSDP2 saves, test_new_tokens.py those of ``modules_to_save``.
     """
     from axolotl.integrations.expert_parallel import shard
 
@@ -116,8 +120,9 @@ def save_fsdp2_adapter_through(trainer: Any) -> None:
 def without_fsdp_model_file() -> Iterator[None]:
     """Context in which transformers' trainer saves no model with FSDP's optimizer.
 
-    In FULL_STATE_DICT, accelerate 1.13 writes only rank 0's part of each tensor, as pytorch_model_fsdp.bin
-    (utils/fsdp_utils.py:138); the adapter is in the checkpoint already. tests/ranks/test_ranks.py looks for the file.
+    The adapter is in the checkpoint already. In FULL_STATE_DICT, accelerate writes pytorch_model_fsdp.bin as well: 1.13
+    (axolotl 0.19) with rank 0's part of each tensor (utils/fsdp_utils.py:59), 1.15 with a second copy of the adapter,
+    gathered over all ranks (:63). tests/ranks/test_ranks.py looks for the file.
     """
     theirs = transformers.trainer.save_fsdp_model
     transformers.trainer.save_fsdp_model = lambda *_, **__: None

@@ -52,7 +52,7 @@ class _LoraSettings(BaseModel):
     lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     use_rslora: bool | None = False
     use_dora: bool | None = False
-    fan_in_fan_out: bool | None = False  # axolotl 0.19 writes null (loaders/adapter.py:195)
+    fan_in_fan_out: bool | None = False  # axolotl 0.19 to 0.21 writes null (loaders/adapter.py:207)
     lora_bias: bool | None = False
     layers_to_transform: list[int] | int | None = None
     layers_pattern: _Names = None
@@ -110,8 +110,8 @@ def _check_supported(config: Mapping[str, Any], key: str, folder: Path) -> None:
 
 
 _SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")
-"""Values (or how they begin) of ``init_lora_weights`` with which PEFT 0.20 subtracts the start, s·B₀A₀, from the base's
-weights, which policy and reference share: each added adapter subtracts it again (tuners/lora/layer.py,
+"""Values (or how they begin) of ``init_lora_weights`` with which PEFT 0.20 and 0.21 subtract the start, s·B₀A₀, from
+the base's weights, which policy and reference share: each added adapter subtracts it again (tuners/lora/layer.py,
 ``update_layer``)."""
 
 

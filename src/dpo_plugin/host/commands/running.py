@@ -1,8 +1,8 @@
 """Which axolotl command is running, what ``lora_model_dir`` has to mean for it, and what ``merge-lora`` leaves out.
 
 `lora_model_dir` names the SFT adapter. After training, though, ``axolotl merge-lora``, ``inference`` and ``evaluate``
-on the same YAML are about the adapter in ``output_dir``; axolotl 0.19 prefers ``lora_model_dir``
-(cli/merge_lora.py:178) and would merge the SFT adapter. tests/integration/test_host_commands.py holds each command.
+on the same YAML are about the adapter in ``output_dir``; axolotl 0.19 to 0.21 prefers ``lora_model_dir``
+(cli/merge_lora.py:258) and would merge the SFT adapter. tests/integration/test_host_commands.py holds each command.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def running_command(cfg: Any) -> str:
 def leave_out_engine(cfg: Any) -> None:
     """Let a command that runs on one process load the model whole, whatever the config trains with.
 
-    ``axolotl merge-lora`` of axolotl 0.19 reads the config once before it takes ``deepspeed`` out of it
-    (cli/merge_lora.py:149), and DeepSpeed then waits for other ranks.
+    ``axolotl merge-lora`` of axolotl 0.19 to 0.21 reads the config once before it takes ``deepspeed`` out of it
+    (cli/merge_lora.py:224), and DeepSpeed then waits for other ranks.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         for key in ENGINE_KEYS:
@@ -98,8 +98,9 @@ def use_trained_adapter(cfg: Any, command: str) -> None:
 def complete_merges() -> None:
     """Let axolotl's merge end with the tokenizer that was trained with, and with the head that was trained.
 
-    axolotl 0.19 copies the base's tokenizer, without the config's ``tokens`` (cli/utils/lora_merge.py:583), and drops
-    a head that the adapter trained apart from the embedding because a tied base has no tensor of that name (:2233).
+    axolotl 0.19 to 0.21 copies the base's tokenizer, without the config's ``tokens`` (cli/utils/lora_merge.py:929), and
+    drops a head that the adapter trained apart from the embedding because a tied base has no tensor of that name
+    (:3006).
     tests/integration/test_new_tokens.py fails without this.
     """
     for module in filter(None, map(sys.modules.get, ("__main__", "axolotl.cli.merge_lora"))):
