@@ -10,10 +10,16 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[2]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+MOE = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+"""Settings of mixtures of four experts, of which a token takes two."""
 
 
 @cache
@@ -34,6 +40,26 @@ def tokenizer() -> Any:
 def save_base(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     assets().make_model(len(tokenizer()), tokenizer()).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def moe_config(kind: str) -> Any:
+    """Config of a mixture of experts of one of the kinds in `MOE`, of two layers."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+    ids = {"eos_token_id": tokenizer().eos_token_id, "pad_token_id": tokenizer().pad_token_id, "bos_token_id": None}
+    return AutoConfig.for_model(kind, vocab_size=len(tokenizer()), **shape, **heads, **ids, **MOE[kind])
+
+
+def save_moe(kind: str, folder: Path) -> Path:
+    """Save a random mixture of experts, whose router is not at its start of zeros."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(moe_config(kind))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.normal_()
+    model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

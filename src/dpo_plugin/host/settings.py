@@ -16,8 +16,9 @@ from dpo_plugin.health.monitor import HealthCheck
 from dpo_plugin.host.templates import check_samples
 from dpo_plugin.host.yaml_keys import DATA_SUFFIXES, check_names
 from dpo_plugin.metrics.pair import TRL_METRICS, PreferenceMetric
-from dpo_plugin.model.adapter_config import AdapterFolder, check_fresh_init, open_adapter
+from dpo_plugin.model.adapter_config import AdapterFolder, check_equal_parameters, check_fresh_init, open_adapter
 from dpo_plugin.model.references import ReferenceChoice, ReferenceStrategy, strategy_name
+from dpo_plugin.model.target_parameters import check_fresh_parameters
 from dpo_plugin.registry import Registry, get_registry
 
 PREFIX = "dpo_plugin."
@@ -158,6 +159,7 @@ def _policy_folder(cfg: Mapping[str, Any]) -> AdapterFolder | None:
         peft = cfg.get("peft")
         loftq = isinstance(peft, Mapping) and peft.get("loftq_config")
         check_fresh_init("loftq" if loftq else cfg.get("peft_init_lora_weights"))
+        check_fresh_parameters(cfg)
         return None
     if not cfg.get("adapter"):
         raise ConfigError("`lora_model_dir` is set but `adapter` is not. Write: adapter: lora (or qlora)")
@@ -201,6 +203,7 @@ def _reference(
             raise ConfigError(
                 f"`dpo_plugin.reference.strategy: {name}` finds no adapter. Write: lora_model_dir: <SFT adapter folder>"
             )
+        check_equal_parameters(policy, cfg.get("lora_target_parameters"), adapter)
     strategy.check_adapters(policy, adapter)
     if engine.shards_parameters and strategy.moves:
         raise ConfigError(

@@ -93,6 +93,9 @@ class RawConfig(HostKeys):
     lora_alpha: Annotated[Real, Field(gt=0)] | None = Field(None, examples=[16])
     lora_target_linear: bool | None = Field(None, examples=[True])
     lora_target_modules: Text | list[Text] | None = Field(None, examples=[["q_proj", "v_proj"]])
+    lora_target_parameters: list[Text] | None = Field(
+        None, examples=[["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]]
+    )
     lora_modules_to_save: list[Text] | None = Field(None, examples=[["embed_tokens", "lm_head"]])
     rl_beta: Real | None = Field(None, examples=[0.1])
     dpo_loss_type: Annotated[list[Text], Field(min_length=1)] | None = Field(None, examples=[["sigmoid"]])

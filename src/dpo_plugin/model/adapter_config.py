@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from safetensors import SafetensorError, safe_open
 
 from dpo_plugin.errors import AdapterError, ConfigError
+from dpo_plugin.model.target_parameters import as_list, check_saved_parameters
 
 _KNOWN = {field for field in LoraConfig.__dataclass_fields__ if not field.startswith("_")} | {"peft_type"}
 
@@ -45,6 +46,7 @@ class _LoraSettings(BaseModel):
     r: _Rank
     lora_alpha: _Alpha
     target_modules: _Names
+    target_parameters: list[str] | None = None
     exclude_modules: _Names = None
     modules_to_save: _Names = None
     rank_pattern: dict[str, _Rank] = {}
@@ -103,10 +105,7 @@ def _check_supported(config: Mapping[str, Any], key: str, folder: Path) -> None:
             f"`{key}: {folder}` trains biases (bias: {bias}), which live in the base model that policy and reference "
             f"share. {merge}"
         )
-    if config.get("target_parameters"):
-        raise AdapterError(
-            f"`{key}: {folder}` uses target_parameters, of which PEFT holds one per model (peft #3340). {merge}"
-        )
+    check_saved_parameters(config, key, folder)
 
 
 _SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")
@@ -167,13 +166,15 @@ def adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     told = {
         name: value for name, value in config.items() if name not in _NEUTRAL and value and value != usual.get(name)
     }
+    if names := told.get("target_parameters"):
+        told["target_parameters"] = sorted(names)  # PEFT makes a set of the list
     facts = {**told, "r": config.get("r"), "lora_alpha": config.get("lora_alpha")}
     return dict(json.loads(json.dumps(facts, default=str)))
 
 
 def adapter_facts(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, Any]:
     """Collect an adapter's settings and, from the keys of its tensors, the modules that it sits on."""
-    modules = [key.partition(".lora_")[0] for key in tensors if ".lora_" in key]
+    modules = [key.partition(".lora_")[0].replace(".base_layer", "") for key in tensors if ".lora_" in key]
     targets = sorted({name.rpartition(".")[2] for name in modules})
     return {**adapter_settings(config), "lora_target_modules": targets, "lora_tensors": len(modules)}
 
@@ -191,6 +192,11 @@ class AdapterFolder:
     path: Path
     config: Mapping[str, Any] = field(repr=False)
     key: str
+
+    @property
+    def parameters(self) -> list[str]:
+        """Its ``target_parameters``."""
+        return self.config.get("target_parameters") or []
 
     @classmethod
     def open(cls, path: str | Path, key: str) -> AdapterFolder:
@@ -241,3 +247,25 @@ def open_adapter(path: str, key: str) -> AdapterFolder:
             "with adapter_config.json>"
         ) from error
     return AdapterFolder.open(folder, key)
+
+
+def check_equal_parameters(policy: AdapterFolder | None, asked: Iterable[str] | None, reference: AdapterFolder) -> None:
+    """Check that policy and reference, if both are adapters on parameters, name the same ones.
+
+    Args:
+        policy: The folder that the policy starts from, or None for a fresh LoRA.
+        asked: ``lora_target_parameters`` of a fresh LoRA.
+        reference: The folder of the reference.
+
+    Raises:
+        ConfigError: Naming both sets.
+    """
+    mine, theirs = (sorted(names or ()) for names in (policy.parameters if policy else asked, reference.parameters))
+    if not mine or not theirs or mine == theirs:
+        return
+    owner = f"the policy in {policy.path}" if policy else "the policy's `lora_target_parameters`"
+    line = f"adapter_dir: <an adapter on {as_list(mine)}>" if policy else f"lora_target_parameters: {as_list(theirs)}"
+    raise ConfigError(
+        f"`{reference.key}: {reference.path}` is on the parameters {as_list(theirs)}, {owner} on {as_list(mine)}. PEFT "
+        f"takes two such adapters on one base if they name the same parameters. Write: {line}"
+    )

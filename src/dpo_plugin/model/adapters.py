@@ -19,11 +19,13 @@ from peft import LoraConfig, PeftModelForCausalLM, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.save_and_load import load_peft_weights
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dpo_plugin.errors import AdapterError
 from dpo_plugin.model.adapter_config import AdapterFolder, adapter_settings, check_fresh_init
+from dpo_plugin.model.target_parameters import as_attached, check_present
 
 # PEFT saves the adapter called "default" into the folder itself and any other into a folder of its own.
 POLICY = "default"
@@ -152,6 +154,7 @@ def attach(
         folders[POLICY] = policy
     else:
         check_fresh_init(policy.init_lora_weights)
+        check_present(policy.target_parameters, base)
         model = _wrap(base, policy, None)
         model.starts_as_base = policy.init_lora_weights in (True, "gaussian", "eva")
     if reference is not None:
@@ -170,7 +173,7 @@ def attach(
 def _wrap(base: nn.Module, config: LoraConfig, folder: AdapterFolder | None) -> PolicyReferenceModel:
     config.inference_mode = False
     try:
-        model = PolicyReferenceModel(base, config, adapter_name=POLICY)
+        model = PolicyReferenceModel(base, as_attached(config, base), adapter_name=POLICY)
     except _PEFT_ERRORS as error:
         raise _misfit(folder, str(error)) from error
     hold_in_fp32(model, POLICY)
@@ -180,6 +183,10 @@ def _wrap(base: nn.Module, config: LoraConfig, folder: AdapterFolder | None) -> 
 def _load(model: PolicyReferenceModel, folder: AdapterFolder, name: str) -> None:
     """Load an adapter's file and check that every tensor in it has a place, and every place a tensor."""
     try:
+        if name not in model.peft_config:
+            config = LoraConfig.from_pretrained(str(folder.path))
+            config.inference_mode = True
+            model.add_adapter(name, as_attached(config, model.get_base_model()))
         result = model.load_adapter(str(folder.path), name, is_trainable=name == POLICY, torch_device="cpu")
     except _PEFT_ERRORS as error:
         raise _misfit(folder, str(error)) from error
@@ -192,7 +199,9 @@ def _load(model: PolicyReferenceModel, folder: AdapterFolder, name: str) -> None
 def _check_attached(model: PolicyReferenceModel, folder: AdapterFolder, name: str) -> None:
     """Compare each tensor of an adapter's file with the attached one, once all adapters are loaded."""
     attached = get_peft_model_state_dict(model, adapter_name=name)
-    for key, expected in without_copies(load_peft_weights(str(folder.path), device="cpu")).items():
+    on_disk = without_copies(load_peft_weights(str(folder.path), device="cpu"))
+    config = model.peft_config[name]
+    for key, expected in convert_peft_adapter_state_dict_for_transformers(model, config, on_disk, name).items():
         named = f"`{folder.key}: {folder.path}`: tensor {key}"
         if not expected.isfinite().all():
             raise AdapterError(f"{named} has values that are not finite. Train it again.")
@@ -214,7 +223,8 @@ def without_copies(tensors: Mapping[str, _T]) -> dict[str, _T]:
 
 def _misfit(folder: AdapterFolder | None, reason: str) -> AdapterError:
     if folder is None:
-        return AdapterError(f"the LoRA settings do not fit the base model: {reason} Write: lora_target_linear: true")
+        line = "peft_use_dora: false" if "use_dora" in reason else "lora_target_linear: true"
+        return AdapterError(f"the LoRA settings do not fit the base model: {reason} Write: {line}")
     trained_on = folder.config.get("base_model_name_or_path")
     resized = "size mismatch" in reason and "embed_tokens" in reason
     tokens = f"For its new tokens, write: tokenizer_config: {folder.path}. " if resized else ""
