@@ -145,12 +145,19 @@ def _lora(cfg: Mapping[str, Any], folder: Any) -> LoraConfig:
         found.inference_mode = False
         return found
     targets = "all-linear" if cfg.get("lora_target_linear") else cfg.get("lora_target_modules")
-    for key, value in (("lora_r", cfg.get("lora_r")), ("lora_target_modules", targets)):
+    parameters = cfg.get("lora_target_parameters") or None
+    for key, value in (("lora_r", cfg.get("lora_r")), ("lora_target_modules", targets or parameters)):
         if not value:
             where = f", and `{folder}` has no adapter_config.json that tells it" if folder else ""
             raise ConfigError(f"`{key}` is missing{where}. Write: lora_r: 16 and lora_target_linear: true")
     saved = cfg.get("lora_modules_to_save") or None
-    return LoraConfig(r=int(cfg["lora_r"]), target_modules=targets, modules_to_save=saved, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=int(cfg["lora_r"]),
+        target_modules=targets or [],
+        target_parameters=parameters,
+        modules_to_save=saved,
+        task_type="CAUSAL_LM",
+    )
 
 
 def plan_input(

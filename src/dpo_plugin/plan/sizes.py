@@ -18,6 +18,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel
+from dpo_plugin.model.target_parameters import as_attached, as_list, check_present
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def on_meta(config: Any, adapters: Mapping[str, LoraConfig], dtype: torch.dtype,
         base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
     if not adapters:
         return base
-    settings = copy.deepcopy(dict(adapters))
+    settings = {name: _as_attached(one, base) for name, one in adapters.items()}
     model = PolicyReferenceModel(base, settings[POLICY], adapter_name=POLICY, low_cpu_mem_usage=True)
     if REFERENCE in settings:
         model.add_adapter(REFERENCE, settings[REFERENCE], low_cpu_mem_usage=True)
@@ -102,20 +103,36 @@ def quantisable(base: Any) -> list[Any]:
     return [m for name, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D) and name not in kept]
 
 
-def check_targets(settings: LoraConfig, base: nn.Module) -> None:
-    """Check that every entry of ``lora_target_modules`` names a module.
+def check_targets(settings: LoraConfig, base: Any) -> None:
+    """Check that every entry of ``lora_target_modules`` and ``lora_target_parameters`` names a module or parameter.
 
     Raises:
         ConfigError: Naming the entry and what there is.
     """
-    targets, names = settings.target_modules or [], [name for name, _ in base.named_modules()]
+    attached = _as_attached(settings, base)
+    check_present(attached.target_parameters, base)
+    targets, names = attached.target_modules or [], [name for name, _ in base.named_modules()]
     if isinstance(targets, str):
-        missing = [] if targets == "all-linear" or any(re.fullmatch(targets, name) for name in names) else [targets]
+        missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
     else:
         missing = [one for one in sorted(targets) if not any(f".{name}".endswith(f".{one}") for name in names)]
     if missing:
-        linear = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, nn.Linear)}
         raise ConfigError(
             f"`lora_target_modules` has {missing[0]!r}, which the base model does not have. "
-            f"Write: lora_target_modules: [{', '.join(sorted(linear - {'lm_head'}))}]"
+            f"Write: lora_target_modules: {as_list(_linear_names(base))}"
         )
+
+
+def _as_attached(settings: LoraConfig, base: Any) -> LoraConfig:
+    """Copy LoRA settings in the form that a run attaches; PEFT's "all-linear" takes in experts, axolotl's does not."""
+    settings = copy.deepcopy(settings)
+    if settings.target_modules == "all-linear":
+        settings.target_modules = _linear_names(base)
+    return as_attached(settings, base)
+
+
+def _linear_names(base: Any) -> list[str]:
+    """Last names of all linear layers but the head: what axolotl makes of ``lora_target_linear``."""
+    head = base.get_output_embeddings()
+    linear = {name for name, module in base.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    return sorted({name.rpartition(".")[2] for name in linear})
