@@ -21,7 +21,11 @@ from dpo_plugin.host.log import LOG
 from dpo_plugin.host.output_dir.lock import hold, release
 from dpo_plugin.host.settings import RunSettings, read_settings
 from dpo_plugin.host.versions import check_versions
-from dpo_plugin.host.workarounds import accept_fsdp2_with_nf4, ignore_deprecated_collectives
+from dpo_plugin.host.workarounds import (
+    accept_fsdp2_with_nf4,
+    ignore_deprecated_collectives,
+    share_parameter_wrappers,
+)
 from dpo_plugin.host.yaml_keys import typed
 from dpo_plugin.model.adapter_config import AdapterFolder
 from dpo_plugin.model.adapters import PolicyReferenceModel
@@ -92,6 +96,7 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
             LOG.info("dpo_plugin: no pairs are held out, so overfitting cannot be seen. Write: val_set_size: 0.05")
         check_host_memory(raw, self.settings)
         accept_fsdp2_with_nf4(TRAINER)
+        share_parameter_wrappers()
         cfg["trainer_cls"] = TRAINER
         cfg["logging_nan_inf_filter"] = bool(cfg.get("logging_nan_inf_filter"))  # before the host's default, true
 

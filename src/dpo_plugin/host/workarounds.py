@@ -17,6 +17,8 @@ from typing import Any
 
 import transformers.trainer
 from axolotl.utils.schemas.validation import OptimizationValidationMixin
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from dpo_plugin.host.output_dir.resume import saving
@@ -41,6 +43,30 @@ def accept_fsdp2_with_nf4(trainer: str) -> None:
         return data if ours else theirs(cls, data)
 
     OptimizationValidationMixin.check_fsdp2_base_model_quant_rl = classmethod(check_fsdp2_base_model_quant_rl)
+
+
+@cache
+def share_parameter_wrappers() -> None:
+    """Let a second adapter on the same parameters share the wrappers of the first.
+
+    With ``lora_target_parameters``, axolotl 0.19 to 0.21 replaces PEFT's ``_inject_parameters`` by a copy that is older
+    than peft 3350 (monkeypatch/moe_quant.py), and the reference comes to lie inside the policy's wrappers, where its
+    tensors have other keys than in its file. tests/integration/test_expert_adapters.py fails without this.
+    """
+    theirs = LoraModel._create_and_replace
+
+    def _create_and_replace(
+        self: Any, config: Any, adapter: str, target: Any, *rest: Any, current_key: str, parameter_name: Any = None
+    ) -> None:
+        if parameter_name is not None:
+            owner = current_key.rpartition(".")[0].replace(".base_layer", "")
+            wrapper = self.model.get_submodule(owner)
+            while isinstance(wrapper, ParamWrapper) and wrapper.parameter_name != parameter_name:
+                wrapper = wrapper.base_layer
+            target = wrapper if isinstance(wrapper, ParamWrapper) else target
+        theirs(self, config, adapter, target, *rest, current_key=current_key, parameter_name=parameter_name)
+
+    LoraModel._create_and_replace = _create_and_replace
 
 
 def ignore_deprecated_collectives() -> None:

@@ -84,7 +84,8 @@ def use_trained_adapter(cfg: Any, command: str) -> None:
             "an adapter: --lora-model-dir <folder>"
         )
     LOG.info(f"dpo_plugin: {command} uses the DPO adapter in {trained}, not lora_model_dir {cfg.get('lora_model_dir')}")
-    if command == "merge-lora" and (cfg.get("adapter") == "qlora" or cfg.get("load_in_4bit")):
+    four_bit = cfg.get("adapter") == "qlora" or cfg.get("load_in_4bit")
+    if command == "merge-lora" and four_bit and not is_on_parameters(trained):
         LOG.info(
             "dpo_plugin: the adapter was trained on an NF4 base; axolotl merges it into the base's weights after their "
             "NF4 round trip, and saves them in the base model's own precision"
@@ -92,16 +93,25 @@ def use_trained_adapter(cfg: Any, command: str) -> None:
     cfg["lora_model_dir"] = str(trained)
 
 
-# ── what merge-lora leaves out where an adapter brings new tokens or a head of its own ──
+# ── what merge-lora leaves out where an adapter brings new tokens, a head of its own, or LoRA on experts ──
+
+
+def is_on_parameters(adapter: str | Path) -> bool:
+    """Whether an adapter in a folder has ``target_parameters``."""
+    return bool(getattr(PeftConfig.from_pretrained(str(adapter)), "target_parameters", None))
 
 
 def complete_merges() -> None:
-    """Let axolotl's merge end with the tokenizer that was trained with, and with the head that was trained.
+    """Let axolotl's merge end with the tokenizer that was trained with, and with all that was trained.
 
     axolotl 0.19 to 0.21 copies the base's tokenizer, without the config's ``tokens`` (cli/utils/lora_merge.py:929), and
     drops a head that the adapter trained apart from the embedding because a tied base has no tensor of that name
     (:3006).
     tests/integration/test_new_tokens.py fails without this.
+
+    axolotl 0.19 to 0.21 drops LoRA on the parameters of experts where the base's files hold a tensor per expert, as
+    those of Qwen3 (0.19) and Mixtral do (:974, "MERGE INCOMPLETE"); its other method leaves the merge to PEFT.
+    tests/integration/test_expert_adapters.py fails without this.
     """
     for module in filter(None, map(sys.modules.get, ("__main__", "axolotl.cli.merge_lora"))):
         theirs = getattr(module, "do_merge_lora", None)
@@ -110,6 +120,12 @@ def complete_merges() -> None:
 
         def merge(*, cfg: Any, theirs: Any = theirs) -> None:
             head = separate_head(Path(cfg.lora_model_dir), cfg.base_model)
+            if is_on_parameters(cfg.lora_model_dir):
+                LOG.info(
+                    f"dpo_plugin: {cfg.lora_model_dir} is on parameters, so PEFT merges it, in the base model's own "
+                    "precision and with the whole model in memory (merge_method: legacy)"
+                )
+                cfg.merge_method = "legacy"
             theirs(cfg=cfg)
             merged = Path(cfg.output_dir) / "merged"
             load_tokenizer(cfg).save_pretrained(str(merged))
