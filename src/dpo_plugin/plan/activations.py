@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -28,6 +29,7 @@ from dpo_plugin.compute.lm_head import ForwardOptions
 from dpo_plugin.compute.logps import completion_logps, run_model, scores_in_head
 from dpo_plugin.compute.losses import LossOptions, sigmoid
 from dpo_plugin.compute.step import score_pairs
+from dpo_plugin.errors import ConfigError
 from dpo_plugin.model.adapters import POLICY, REFERENCE, PolicyReferenceModel
 from dpo_plugin.plan.sizes import Sizes, check_targets, count, on_meta, quantisable
 from dpo_plugin.types import CompletionLogps, PairBatch
@@ -136,7 +138,11 @@ class PlannedModel:
         return Activations(*(a + further * (b - a) for a, b in zip(few, more, strict=True)))
 
     def at_depth(self, step: Step, layers: int) -> Activations:
-        """Bytes of a step of the same model cut to ``layers`` layers, run on fake tensors."""
+        """Bytes of a step of the same model cut to ``layers`` layers, run on fake tensors.
+
+        Raises:
+            ConfigError: If torch has no fake form of an operation, as of the matrix product of experts in fp32.
+        """
         if (step, layers) not in self._known:
             config, adapters = copy.deepcopy((self.config, dict(self.adapters)))
             config.num_hidden_layers = layers
@@ -144,7 +150,18 @@ class PlannedModel:
                 config.layer_types = config.layer_types[:layers]
             for settings in adapters.values():
                 settings.layers_to_transform = None
-            self._known[step, layers] = run_on_fakes(on_meta(config, adapters, self.dtype, self.trust), step)
+                names = settings.target_parameters or ()
+                settings.target_parameters = [re.sub(r".*\blayers\.\d+\.", "", name) for name in names]
+            model = on_meta(config, adapters, self.dtype, self.trust)
+            try:
+                self._known[step, layers] = run_on_fakes(model, step)
+            except RuntimeError as error:
+                if self.dtype == torch.bfloat16:
+                    raise
+                raise ConfigError(
+                    f"a step of a {config.model_type} model in {self.dtype} cannot be planned: {str(error)[:200]} "
+                    "Write: bf16: true"
+                ) from error
         return self._known[step, layers]
 
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_plugin.compute import attention
 from dpo_plugin.compute.gradient_checkpointing import saved_bytes_per_token
+from dpo_plugin.config import ReferenceConfig
 from dpo_plugin.engines.config import SHIPPED, EngineSettings
 from dpo_plugin.errors import ConfigError, UnknownNameError
 from dpo_plugin.host.commands.cli import dpo
@@ -29,7 +30,7 @@ from dpo_plugin.plan.inputs import SHIPPED_ZERO3, adapter_configs, zero3_setting
 from dpo_plugin.plan.planner import CONTEXT, GIB, Machine, Planner, make_plan
 from dpo_plugin.plan.sizes import Sizes
 from dpo_plugin.plan.table import plan_report
-from tests.support.tiny import PROJECTIONS, ROOT
+from tests.support.tiny import EXPERTS, PROJECTIONS, ROOT, moe_config
 
 SMALL = {
     "model_type": "qwen2",
@@ -94,6 +95,40 @@ def test_counts_are_those_of_the_real_model():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
     sizes = small_model(adapters=False).sizes
     assert sum(sizes.linear) + sum(sizes.other) == sizes.trained == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "trained"),
+    [
+        # 2 layers · 4 experts · r = 8 · ((hidden 64 + gate and up 96) + (48 + 64))
+        ({"target_modules": [], "target_parameters": EXPERTS}, 17_408),
+        ({"target_modules": [], "target_parameters": [f"model.layers.1.{name}" for name in EXPERTS]}, 8_704),
+        # axolotl's lora_target_linear: q and o (64, 64), k and v (64, 32), and no expert
+        ({"target_modules": "all-linear"}, 2 * 8 * (2 * 128 + 2 * 96)),
+    ],
+)
+def test_adapters_on_experts_are_counted_and_take_activations(settings, trained):
+    lora = LoraConfig(r=8, task_type="CAUSAL_LM", **settings)
+    model = PlannedModel(moe_config("qwen3_moe"), {POLICY: lora, REFERENCE: lora}, torch.bfloat16)
+    assert model.sizes.trained == sum(model.sizes.reference) == trained
+    base = PlannedModel(moe_config("qwen3_moe"), {}, torch.bfloat16).sizes
+    assert (model.sizes.linear, model.sizes.other) == (base.linear, base.other)
+    assert model.activations(replace(STEP, attention="sdpa")).backward > 0
+    with pytest.raises(ConfigError, match="qwen3_moe model in torch.float32 cannot be planned.*Write: bf16: true"):
+        PlannedModel(moe_config("qwen3_moe"), {POLICY: lora}, torch.float32).activations(
+            replace(STEP, attention="sdpa")
+        )
+
+
+def test_the_yaml_of_an_adapter_on_experts():
+    cfg = {"adapter": "lora", "lora_r": 8, "lora_target_parameters": EXPERTS}
+    [planned] = adapter_configs(cfg, ReferenceConfig()).values()
+    assert (planned.r, planned.target_modules, planned.target_parameters) == (8, set(), EXPERTS)
+    model = {POLICY: LoraConfig(r=8, target_modules=[], target_parameters=["mlp.experts.nothing"])}
+    with pytest.raises(
+        ConfigError, match=r"`lora_target_parameters` has 'mlp.experts.nothing'.*Write: lora_target_par"
+    ):
+        PlannedModel(moe_config("qwen3_moe"), model, torch.bfloat16)
 
 
 # ── activations ──
