@@ -1,16 +1,19 @@
-"""A DPO step, ours against stock's, in one process and interleaved: pairs/s, peak memory, and equality.
+"""A DPO step, ours against its rivals', in one process and interleaved: pairs/s, peak memory, and equality.
 
 Contenders, all from the same base, SFT adapter, pairs and optimizer, with gradient checkpointing:
 
-    stock       axolotl's AxolotlDPOTrainer on a PeftModel, with TRL's own `ref` adapter
-    stock-nogc  the same without its garbage collection after each micro-step
-    liger       TRL's fused Liger loss on the same, where it runs
+    stock       the installed axolotl's AxolotlDPOTrainer on a PeftModel, with TRL's own `ref` adapter
+    stock-nogc  the same without the garbage collection after each micro-step of axolotl before 0.21
+    liger       the same with TRL's `use_liger_kernel`, where it runs
+    trl         the imported TRL's own DPOTrainer on the same; from 1.16 on with its fused head, which is always on
     ours        dpo_plugin, the reference run in every step
     ours-warm   dpo_plugin with the reference's log-probs kept
 
+`--against` names the rivals. Ratios are to the first, which runs in every case; the others run at 50 % prompt. A rival
+that is stock on this host (stock-nogc without such a collection, liger on a TRL with a fused head) runs as stock.
 A step is collate, forward, backward and optimizer. Each round runs one step of every contender on the same pairs.
 
-    python benchmarks/step.py [--json benchmarks/step.json] [--steps 30] [--quick]
+    python benchmarks/step.py [--against trl,stock] [--only speed] [--steps 30] [--quick] [--json benchmarks/step.json]
 """
 
 from __future__ import annotations
@@ -128,17 +131,36 @@ class Contender:
         return torch.cat([named[name] for name in sorted(named)])
 
 
-def make_contenders(names: list[str], root: Path, vocabulary: int) -> dict[str, Contender | str]:
-    """The contenders by name; one that cannot be made is the reason as text."""
+def make_contenders(names: list[str], root: Path, vocabulary: int) -> dict[str, Contender]:
+    """The contenders by name; of a rival that does not run, the reason is printed."""
     base = save_base(root / f"base{vocabulary}", vocabulary)
     sft = tiny.save_adapter(base, root / f"sft{vocabulary}", r=RANK, lora_alpha=RANK)
-    made: dict[str, Contender | str] = {}
+    made = {}
     for name in names:
         try:
             made[name] = Contender(MAKERS[name](base, sft, root / name))
+            if name in RIVALS:
+                made[name].gradient([of_share(random.Random(0), 32, 0.5, vocabulary)])
         except Exception as error:
-            made[name] = f"{type(error).__name__}: {error}"
+            if name not in RIVALS:
+                raise
+            made.pop(name, None)
+            print(f"{name}: does not run here: {type(error).__name__}: {' '.join(str(error).split())[:600]}")
+    if not RIVALS & made.keys() and RIVALS & set(names):
+        raise SystemExit("None of the rivals runs here: name others with --against")
     return made
+
+
+def distinct(rivals: list[str]) -> list[str]:
+    """The rivals, each once: what this host does by itself is stock."""
+    import trl.trainer.dpo_trainer
+    from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
+
+    is_stock = {
+        "stock-nogc": "collect" not in AxolotlDPOTrainer.training_step.__code__.co_names,
+        "liger": hasattr(trl.trainer.dpo_trainer, "add_fused_lm_head"),
+    }
+    return list(dict.fromkeys("stock" if is_stock.get(rival) else rival for rival in rivals))
 
 
 def save_base(folder: Path, vocabulary: int) -> Path:
@@ -152,26 +174,38 @@ def save_base(folder: Path, vocabulary: int) -> Path:
     return folder
 
 
-def stock(base: Path, sft: Path, folder: Path, collects: bool = True, **settings: Any) -> Any:
-    """Stock's trainer; TRL copies the trainable adapter to its own `ref`."""
+def stock(*paths: Path, collects: bool = True, **settings: Any) -> Any:
+    """The installed axolotl's trainer."""
     from axolotl.core.trainers.dpo.args import AxolotlDPOConfig
     from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
-    from datasets import Dataset
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     class WithoutCollection(AxolotlDPOTrainer):  # type: ignore[misc]
         def training_step(self, *arguments: Any, **keywords: Any) -> Tensor:
             return super(AxolotlDPOTrainer, self).training_step(*arguments, **keywords)
 
+    return theirs(AxolotlDPOTrainer if collects else WithoutCollection, AxolotlDPOConfig, *paths, **settings)
+
+
+def plain_trl(*paths: Path) -> Any:
+    """The imported TRL's trainer."""
+    from trl import DPOConfig, DPOTrainer
+
+    return theirs(DPOTrainer, DPOConfig, *paths)
+
+
+def theirs(trainer: Any, config: Any, base: Path, sft: Path, folder: Path, **settings: Any) -> Any:
+    """A trainer of TRL's family; TRL copies the trainable adapter to its own `ref`."""
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), sft, is_trainable=True)
-    args = AxolotlDPOConfig(
+    args = config(
         output_dir=str(folder), report_to=[], bf16=False, max_length=None, gradient_checkpointing=True,
         gradient_checkpointing_kwargs=CHECKPOINTING, use_cpu=not torch.cuda.is_available(), **settings,
     )  # fmt: skip
-    kind = AxolotlDPOTrainer if collects else WithoutCollection
     rows = Dataset.from_list([{"prompt": "Question?", "chosen": "Yes.", "rejected": "No."}])  # steps bring their own
-    return kind(model=model, args=args, processing_class=tiny.tokenizer(), train_dataset=rows)
+    return trainer(model=model, args=args, processing_class=tiny.tokenizer(), train_dataset=rows)
 
 
 def ours(base: Path, sft: Path, folder: Path, warm: bool = False) -> Any:
@@ -205,9 +239,11 @@ MAKERS: dict[str, Callable[[Path, Path, Path], Any]] = {
     "stock": stock,
     "stock-nogc": lambda *paths: stock(*paths, collects=False),
     "liger": lambda *paths: stock(*paths, collects=False, use_liger_kernel=True),
+    "trl": plain_trl,
     "ours": ours,
     "ours-warm": lambda *paths: ours(*paths, warm=True),
 }
+RIVALS = MAKERS.keys() - {"ours", "ours-warm"}
 
 
 # ── measuring ──
@@ -246,8 +282,8 @@ def race(contenders: dict[str, Contender], batches: list[list[Pair]], warm_up: i
 
 
 def summary(seconds: dict[str, list[float]], pairs: int) -> dict[str, Any]:
-    """Medians, spreads, and ratios to stock-nogc from steps on the same pairs."""
-    against = seconds["stock-nogc"]
+    """Medians, spreads, and ratios to the first from steps on the same pairs."""
+    against = next(iter(seconds.values()))
     found = {}
     for name, steps in seconds.items():
         ratios = [theirs / own for theirs, own in zip(against, steps, strict=True)]
@@ -262,15 +298,18 @@ def summary(seconds: dict[str, list[float]], pairs: int) -> dict[str, Any]:
     return found
 
 
-def equality(contenders: dict[str, Contender], pairs: list[Pair]) -> dict[str, float]:
-    """Largest |Δ log-prob| in nats and relative Δ gradient between ours and stock at the same weights."""
-    theirs, own = contenders["stock-nogc"], contenders["ours"]
-    wanted, got = theirs.gradient(pairs), own.gradient(pairs)
-    found = [logged(contender.trainer) for contender in (theirs, own)]
-    return {
-        "logps": max(abs(a - b) for a, b in zip(*found, strict=True)),
-        "gradient": float((got - wanted).norm() / wanted.norm()),
-    }
+def equality(contenders: dict[str, Contender], pairs: list[Pair]) -> dict[str, dict[str, float]]:
+    """By rival, the largest |Δ log-prob| in nats and the relative Δ gradient to ours at the same weights."""
+    own = contenders["ours"]
+    gradient, logps = own.gradient(pairs), logged(own.trainer)
+    found = {}
+    for name in [name for name in contenders if name in RIVALS]:
+        wanted = contenders[name].gradient(pairs)
+        found[name] = {
+            "logps": max(abs(a - b) for a, b in zip(logged(contenders[name].trainer), logps, strict=True)),
+            "gradient": float((gradient - wanted).norm() / wanted.norm()),
+        }
+    return found
 
 
 def logged(trainer: Any) -> list[float]:
@@ -286,27 +325,17 @@ def logged(trainer: Any) -> list[float]:
 
 def speed(root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Prompt shares and the log-normal mix, at micro-batch 1 and 4."""
-    usual = ["stock-nogc", "ours", "ours-warm"]
-    made = make_contenders([*MAKERS], root, 8192)
-    missing = {name: made.pop(name) for name in [*made] if isinstance(made[name], str)}
-    liger = made.get("liger")
-    if isinstance(liger, Contender):
-        try:
-            liger.backward([of_share(random.Random(0), 32, 0.5, 8192)])
-        except Exception as error:
-            missing["liger"] = f"{type(error).__name__}: {error}"
-            del made["liger"]
-    for name, reason in missing.items():
-        yield {"does_not_run": name, "reason": " ".join(str(reason).split())[:600]}
+    made = make_contenders([*arguments.against, "ours", "ours-warm"], root, 8192)
+    usual = [next(iter(made)), "ours", "ours-warm"]
     shares = [0.5] if arguments.quick else [0.1, 0.3, 0.5, 0.7, 0.9]
     cases = [(1, share) for share in [*shares, None]] + [(4, 0.5), (4, None)]
     if arguments.case:
-        cases = [case for case in cases if f"{case[0]},{case[1] or 'mix'}" == arguments.case]
+        cases = [case for case in cases if f"{case[0]},{case[1] or 'mix'}" in arguments.case]
     for size, share in cases:
         draw = random.Random(7)
         make = (lambda: of_share(draw, arguments.tokens, share, 8192)) if share else lambda: of_mix(draw, 512, 8192)  # noqa: B023
         batches = [[make() for _ in range(size)] for _ in range(arguments.warm_up + arguments.steps)]
-        taking_part = {n: c for n, c in made.items() if (n in usual or share == 0.5) and isinstance(c, Contender)}
+        taking_part = {n: c for n, c in made.items() if n in usual or share == 0.5}
         equal = equality(taking_part, batches[0]) if (size, share) == cases[0] else None
         found = summary(race(taking_part, batches, arguments.warm_up), size)
         yield {"micro_batch": size, "prompt_share": share or "log-normal mix", "contenders": found, "equality": equal}
@@ -315,19 +344,18 @@ def speed(root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]
 def memory(root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Peak growth of a step at the vocabulary of Qwen2.5, one pair."""
     vocabulary = 2048 if arguments.quick else 152_064
-    made = make_contenders(["stock-nogc", "ours"], root, vocabulary)
+    made = make_contenders([*arguments.against, "ours"], root, vocabulary)
     pairs = [of_share(random.Random(3), 2 * arguments.tokens, 0.5, vocabulary)]
     growth: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(2 if arguments.quick else 5):
         for name, contender in made.items():
-            assert isinstance(contender, Contender), contender
             growth[name].append(peak_growth(lambda: contender.backward(pairs)))  # noqa: B023
             contender.optimizer.zero_grad()
     middle = {name: statistics.median(values[1:]) for name, values in growth.items()}
     yield {
         "memory": {"vocabulary": vocabulary, "tokens": 2 * arguments.tokens, "peak_mib": middle},
-        "share_of_stock": middle["ours"] / middle["stock-nogc"],
-        "equality": equality({n: c for n, c in made.items() if isinstance(c, Contender)}, pairs),
+        "share_of": {name: middle["ours"] / peak for name, peak in middle.items() if name in RIVALS},
+        "equality": equality(made, pairs),
     }
 
 
@@ -356,7 +384,6 @@ def metrics(root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any
 def growth(root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Seconds per token without attention, from T = 256 to 2048, and memory of the loss stage."""
     own = make_contenders(["ours-warm"], root / "growth", 8192)["ours-warm"]
-    assert isinstance(own, Contender), own
     lengths = [64, 128] if arguments.quick else [256, 512, 1024, 2048]
     draw = random.Random(5)
     batches = {tokens: [pair(draw, tokens // 2, tokens // 2, tokens // 2, 8192)] for tokens in lengths}
@@ -439,23 +466,20 @@ def head(root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def report(found: dict[str, Any]) -> str:
     """One measurement as a line or some."""
-    if "does_not_run" in found:
-        return f"{found['does_not_run']}: does not run here: {found['reason']}"
     if "growth" in found:
         return json.dumps(found["growth"], indent=1)
     if {"memory", "head", "metrics"} & found.keys():
         return json.dumps(found, indent=1)
     lines = [f"micro-batch {found['micro_batch']}, prompt share {found['prompt_share']}"]
+    first = next(iter(found["contenders"]))
     for name, of in found["contenders"].items():
         low, high = of["ratio_quartiles"]
         lines.append(
-            f"  {name:11} {of['pairs_per_s']:7.2f} pairs/s   {of['ratio']:.2f} × stock-nogc"
+            f"  {name:11} {of['pairs_per_s']:7.2f} pairs/s   {of['ratio']:.2f} × {first}"
             f"   (median of steps {of['ratio_median']:.2f}, quartiles {low:.2f} to {high:.2f})"
         )
-    if found["equality"]:
-        lines.append(
-            f"  max |Δ log-prob| {found['equality']['logps']:.1e}, Δ gradient {found['equality']['gradient']:.1e}"
-        )
+    for name, to in (found["equality"] or {}).items():
+        lines.append(f"  ours to {name}: max |Δ log-prob| {to['logps']:.1e}, Δ gradient {to['gradient']:.1e}")
     return "\n".join(lines)
 
 
@@ -465,16 +489,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="counted steps")
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=512, help="tokens of the longer side")
+    parser.add_argument(
+        "--against", default="stock-nogc,stock,liger", help="rivals, the first being what ratios are to"
+    )
     parser.add_argument("--only", choices=["speed", "memory", "growth", "head", "metrics"])
-    parser.add_argument("--case", help="one of the speed cases alone: micro-batch,share, e.g. 1,0.5 or 4,mix")
+    parser.add_argument("--case", nargs="+", help="speed cases to run: micro-batch,share, e.g. 1,0.5 4,mix")
     parser.add_argument("--quick", action="store_true", help="one share, small vocabulary: shows that it runs")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
+    if unknown := set(arguments.against.split(",")) - RIVALS:
+        parser.error(f"--against knows {', '.join(sorted(RIVALS))}; not {', '.join(sorted(unknown))}")
+    arguments.against = distinct(arguments.against.split(","))
     logging.disable(logging.INFO)
     names = ("axolotl", "trl", "peft", "transformers", "torch")
     versions = {name: importlib.metadata.version(name) for name in names}
     machine = {"python": platform.python_version(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     results: list[dict[str, Any]] = [{"versions": versions, "machine": machine}]
+    print(json.dumps(results[0]))
     # axolotl 0.19 takes a base model with "mpt" in its path for an MPT (utils/schemas/validation.py:1569): /tmp/tmpt…
     with tempfile.TemporaryDirectory(prefix="dpo-bench-") as temporary:
         for job in (speed, memory, growth, head, metrics):
