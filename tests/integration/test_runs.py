@@ -4,8 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import axolotl
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel
 from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import load_file
@@ -113,16 +115,55 @@ def norm_of_b(folder: Path) -> float:
 
 
 def test_one_line_makes_a_stock_config_start_from_the_sft_adapter(base_dir, sft_dir, tmp_path):
-    """The control without the line shows stock axolotl 0.19 ignoring lora_model_dir; when it fails, stock has changed."""
+    """The control without the line shows what the README says of stock axolotl; when it fails, stock has changed.
+
+    Stock ignores lora_model_dir: it trains a fresh LoRA, with the bare base as reference, and saves that base, adapter
+    injected, beside it.
+    """
     settings = {"lora_model_dir": str(sft_dir), "datasets": STOCK, "save_strategy": "no", "save_steps": None}
     ours = host.train(dpo_config(base_dir, tmp_path / "ours", **settings), tmp_path / "a")
     stock = host.train(dpo_config(base_dir, tmp_path / "stock", plugins=None, **settings), tmp_path / "b")
     assert isinstance(ours.trainer.model, PolicyReferenceModel)
     assert not isinstance(stock.trainer.model, PolicyReferenceModel)
+    assert list(stock.trainer.model.peft_config) == ["default"]
+    assert stock.trainer.ref_model is None
     sft = norm_of_b(sft_dir)
     assert norm_of_b(ours.output_dir) == pytest.approx(sft, rel=0.2)
     assert norm_of_b(stock.output_dir) < 0.3 * sft
     assert ours.lines[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+    saved = load_file(stock.output_dir / "model.safetensors")
+    layers = {key.replace(".base_layer", "") for key in saved if ".lora_" not in key}
+    assert layers == load_file(base_dir / "model.safetensors").keys()
+    assert not (ours.output_dir / "model.safetensors").exists()
+
+
+def test_stock_merges_the_sft_adapter_on_the_yaml_of_a_run(base_dir, sft_dir, tmp_path):
+    """The control of what `merge-lora` means with the plugin (test_host_commands.py)."""
+    from axolotl.cli.merge_lora import do_cli
+
+    settings = {"plugins": None, "lora_model_dir": str(sft_dir), "datasets": STOCK, "save_strategy": "no"}
+    run = host.train(dpo_config(base_dir, tmp_path / "out", **settings, save_steps=None), tmp_path)
+    do_cli(str(tmp_path / "config.yaml"))
+    merged = AutoModelForCausalLM.from_pretrained(run.output_dir / "merged").state_dict()
+    base = AutoModelForCausalLM.from_pretrained(base_dir)
+    expected = PeftModel.from_pretrained(base, str(sft_dir)).merge_and_unload().state_dict()
+    assert max((merged[key] - value).abs().max() for key, value in expected.items()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["default", "argilla_chat"])
+def test_stock_cuts_short_answers_at_the_wrong_place_before_0_21(kind, tokenizer):
+    """The control of test_data_runs.py's short answers; the answer "a" is found inside <|im_start|>."""
+    from axolotl.prompt_strategies.dpo import chat_template
+    from axolotl.utils.dict import DictDefault
+
+    ask, answer = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "a"}
+    row = {"messages": [ask], "chosen": [ask, answer], "rejected": [ask, {"role": "assistant", "content": "no idea"}]}
+    cfg = DictDefault({"chat_template": "tokenizer_default", "datasets": [{"type": f"chat_template.{kind}"}]})
+    transform, _ = getattr(chat_template, kind)(cfg)
+    found = transform(row, tokenizer=tokenizer)["chosen"]
+    cut_wrongly = found.startswith("art|>")
+    assert cut_wrongly == (Version(axolotl.__version__) < Version("0.21"))
+    assert cut_wrongly or found == "a<|im_end|>"
 
 
 def test_a_fresh_lora_has_the_base_as_reference(base_dir, tmp_path):
