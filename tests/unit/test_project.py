@@ -32,8 +32,10 @@ def test_help_lists_every_target():
 
 def test_ci_runs_targets_that_exist():
     (job,) = yaml.safe_load(read(".github/workflows/ci.yml"))["jobs"].values()
-    assert set(job["strategy"]["matrix"]["target"]) <= set(targets())
-    assert job["steps"][-1]["run"] == "make ${{ matrix.target }}"
+    matrix = job["strategy"]["matrix"]
+    assert {*matrix["target"], *(one["target"] for one in matrix["include"])} <= set(targets())
+    assert {*matrix["python"], *(one["python"] for one in matrix["include"])} == {row["Python"] for row in hosts()}
+    assert job["steps"][-1]["run"] == "make ${{ matrix.target }} PYTHON=python"
 
 
 def test_contributing_names_every_folder_of_tests():
