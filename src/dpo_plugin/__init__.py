@@ -44,12 +44,15 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'dpo_plugin' has no attribute {name!r}")
     try:
         globals()[name] = value = getattr(importlib.import_module(_LAZY[name]), name)
-    except ImportError as error:
-        # axolotl 0.19 and 0.20 print an ImportError of a plugin and train on without it (integrations/base.py:421);
-        # 0.21 ends with it, and what to write is said on all of them.
+    except ImportError as cause:
         from dpo_plugin.errors import DPOPluginError
 
-        raise DPOPluginError(
-            f"dpo_plugin.{name} cannot be imported: {error}. Reinstall with: pip install --upgrade dpo-plugin"
-        ) from error
+        error = DPOPluginError(
+            f"dpo_plugin.{name} cannot be imported: {cause}. Reinstall with: pip install --upgrade dpo-plugin"
+        )
+        if name != "DPOPlugin":
+            raise error from cause
+        from dpo_plugin.host.versions import refusing_plugin
+
+        return refusing_plugin(error)
     return value

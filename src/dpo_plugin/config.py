@@ -236,3 +236,14 @@ def parse_config(section: Any) -> DPOPluginConfig:
         return DPOPluginArgs(dpo_plugin=section).dpo_plugin or DPOPluginConfig()
     except ValidationError as error:
         raise ConfigError(message(error, DPOPluginArgs)) from error
+
+
+def asks_for_plugin(cfg: Any) -> bool:
+    """Whether a raw config names us: axolotl 0.21 registers an installed plugin for every config."""
+    entries = [entry for key in ("datasets", "test_datasets") for entry in _list(cfg.get(key)) if hasattr(entry, "get")]
+    names = [*_list(cfg.get("plugins")), *(entry.get("type") for entry in entries)]
+    return cfg.get("dpo_plugin") is not None or any(str(name).startswith("dpo_plugin") for name in names)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

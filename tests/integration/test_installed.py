@@ -10,7 +10,10 @@ from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import set_seed
 
-from dpo_plugin.host.plugin import DPOPlugin, asks_for_plugin
+import dpo_plugin
+from dpo_plugin.config import asks_for_plugin
+from dpo_plugin.errors import DPOPluginError
+from dpo_plugin.host.plugin import DPOPlugin
 from tests.support import host, tiny
 
 pytestmark = pytest.mark.core
@@ -86,3 +89,17 @@ def test_a_section_is_enough_where_the_host_finds_plugins(base_dir, sft_dir, tmp
     run = host.train(tiny.dpo_config(base_dir, tmp_path / "out", **settings, dpo_plugin={}), tmp_path)
     assert run.trainer.model.has_reference
     assert run.lines[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+
+
+def test_a_plugin_that_cannot_be_imported_ends_the_runs_that_name_it_and_no_other(monkeypatch):
+    """The host prints such an error and trains without the plugin: 0.19 always, 0.21 where it found the plugin itself."""
+    monkeypatch.setitem(dpo_plugin._LAZY, "DPOPlugin", "dpo_plugin.no_such_module")
+    monkeypatch.delitem(vars(dpo_plugin), "DPOPlugin", raising=False)
+    monkeypatch.setattr(PluginManager, "_instance", None)
+    manager = PluginManager.get_instance()
+    monkeypatch.setattr(manager, "plugins", type(manager.plugins)())
+    manager.register(OURS)
+    (plugin,) = manager.plugins.values()
+    plugin.register({"rl": "dpo", "datasets": [{"path": "a", "type": "chat_template.default"}]})
+    with pytest.raises(DPOPluginError, match=r"no_such_module.*Reinstall with: pip install"):
+        plugin.register({"rl": "dpo", "dpo_plugin": {}})

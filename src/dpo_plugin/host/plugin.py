@@ -13,6 +13,7 @@ from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.integrations.base import BasePlugin, PluginManager
 from transformers import EarlyStoppingCallback
 
+from dpo_plugin.config import asks_for_plugin
 from dpo_plugin.engines.sharded import reference_digest
 from dpo_plugin.errors import AdapterError, ConfigError, report_errors
 from dpo_plugin.host import datasets as host_datasets
@@ -146,17 +147,6 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         stays = self.settings is not None and not self.settings.reference.strategy.moves
         if stays and isinstance(model, PolicyReferenceModel) and model.has_reference:
             check_reference_unchanged(model)
-
-
-def asks_for_plugin(cfg: Any) -> bool:
-    """Whether a raw config names us: axolotl 0.21 registers an installed plugin for every config."""
-    entries = [entry for key in ("datasets", "test_datasets") for entry in _list(cfg.get(key)) if hasattr(entry, "get")]
-    names = [*_list(cfg.get("plugins")), *(entry.get("type") for entry in entries)]
-    return cfg.get("dpo_plugin") is not None or any(str(name).startswith("dpo_plugin") for name in names)
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def settings_for_evaluation(cfg: Any, settings: RunSettings) -> RunSettings:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from importlib.metadata import requires, version
+from typing import Any
 
 from packaging.requirements import Requirement
 
+from dpo_plugin.config import asks_for_plugin
 from dpo_plugin.errors import DPOPluginError
 from dpo_plugin.host.log import LOG
 
@@ -51,3 +53,22 @@ def check_versions() -> None:
             f"trl {version('trl')} on transformers {version('transformers')} lacks what {ours} builds on ({missing}); "
             f"trl{pins['trl']} has it. Write: pip install 'trl{pins['trl']}' 'transformers{pins['transformers']}'"
         )
+
+
+def refusing_plugin(error: DPOPluginError) -> type[Any]:
+    """Make the plugin that stands in for ours where it cannot be imported.
+
+    axolotl 0.19 and 0.20 print an ImportError of a plugin and train on without it (integrations/base.py:421), as 0.21
+    does with one that it found by itself (:487).
+
+    Returns:
+        A plugin that raises the error for a config that names ours, and does nothing for any other.
+    """
+    from axolotl.integrations.base import BasePlugin
+
+    class RefusingPlugin(BasePlugin):  # type: ignore[misc]
+        def register(self, cfg: Any) -> None:
+            if asks_for_plugin(cfg):
+                raise error
+
+    return RefusingPlugin
