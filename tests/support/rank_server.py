@@ -55,6 +55,7 @@ def wait(processes: list[multiprocessing.process.BaseProcess], end: float) -> in
 
 def train(file: Path, environment: dict[str, str], log: str) -> None:
     """Body of a rank; it ends as the program does."""
+    multiprocessing.set_start_method(None, force=True)  # the platform's, as for a process that nobody forked
     os.environ.update(environment)
     sys.argv = ["axolotl.cli.train", str(file)]
     with Path(log).open("ab", buffering=0) as written:
