@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.11+, make and gcc, and nothing else installed.
+# `make demo` and `make test` need Python 3.11 to 3.13, make and gcc, and nothing else installed.
 # The newest Python that runs has the newest axolotl: 0.21 from 3.12 on, 0.19 on 3.11. That a command is there is not
 # enough: pyenv puts one on the PATH for every version that it knows, and PYENV_VERSION=3.12 makes it one that runs.
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11; do \
