@@ -10,6 +10,7 @@ import torch.distributed as dist
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.integrations.base import BasePlugin, PluginManager
 from peft import PeftModel
+from pydantic import BaseModel
 from transformers import TrainerCallback
 
 from dpo_plugin.host.workarounds import accept_fsdp2_with_nf4
@@ -30,6 +31,10 @@ class StockOnAdapters(AxolotlDPOTrainer):
 STOCK = f"{__name__}.{StockOnAdapters.__name__}"
 
 
+class NoKeys(BaseModel):
+    """No keys of the YAML."""
+
+
 class CountGathers(BasePlugin):
     """Writes ``[gathers, bytes]`` of parameters for each micro-step."""
 
@@ -42,6 +47,10 @@ class CountGathers(BasePlugin):
         accept_fsdp2_with_nf4(STOCK)
         for name in ("all_gather_into_tensor", "all_gather_single", "all_gather"):
             setattr(dist, name, self._counted(getattr(dist, name)))
+
+    def get_input_args(self) -> str:
+        """Have the host make its schema anew, after `register`; without keys of a plugin, 0.19 has made it by then."""
+        return f"{__name__}.{NoKeys.__name__}"
 
     def _counted(self, gather: Any) -> Any:
         def counted(*args: Any, **kwargs: Any) -> Any:
