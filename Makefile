@@ -37,10 +37,10 @@ demo: install  ## train a tiny model with SFT, then DPO, and show what changed (
 	axolotl train recipes/tiny-dpo.yaml
 	@python examples/demo.py outputs/tiny-base outputs/tiny-sft outputs/tiny-dpo
 
-test: install lint types  ## lint, types and tests (about 12 minutes)
+test: install lint types  ## lint, types and tests (about 15 minutes)
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-ranks: install  ## the 72B recipes on two processes (about 30 minutes)
+test-ranks: install  ## the 72B recipes on two processes (about 15 minutes)
 	python -m pytest tests/ranks
 
 test-core: install  ## what matters most, one process and two: for a second host beside the first (about 8 minutes)
