@@ -50,7 +50,7 @@ test-newest:  ## the same with the newest trl, peft and transformers, whatever a
 	-$(MAKE) install VENV=.venv-newest
 	-.venv-newest/bin/pip install --quiet --upgrade trl peft transformers
 	-$(MAKE) test-core VENV=.venv-newest
-	.venv-newest/bin/pip list | grep --extended-regexp "^(axolotl|peft|torch|transformers|trl) "
+	-.venv-newest/bin/pip list | grep --extended-regexp "^(axolotl|peft|torch|transformers|trl) "
 
 unit: install  ## the fast tests alone
 	python -m pytest tests/unit

@@ -15,8 +15,6 @@ from pathlib import Path
 from unittest import mock
 
 IMPORTED = ["axolotl.cli.train", "axolotl.train", "deepspeed", "dpo_plugin.host.trainer", "tests.support.cpu_ranks"]
-
-
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(IMPORTED)
 
