@@ -169,7 +169,7 @@ def build(sizes: Mapping[str, int], device: torch.device, nf4: bool) -> PolicyRe
         save_adapter(base, Path(folder))
         adapter = AdapterFolder.open(folder, "lora_model_dir")
         model = attach(base, adapter, adapter)
-    attention.register()
+    attention.attend_to_pairs(base)
     base.gradient_checkpointing_enable({"use_reentrant": False})
     if device.type == "cuda":
         model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)
@@ -472,7 +472,7 @@ def check_attention(device: torch.device, large: bool) -> dict[str, Any]:
         found.append([out.detach().float(), *(g.float() for g in torch.autograd.grad(out, qkv, slope))])
     differences = [(a - b).abs().max().item() for a, b in zip(*found, strict=True)]
     return {
-        "varlen_works": attention.varlen_works(device, torch.bfloat16),
+        "varlen_works": attention.varlen_works(device, torch.bfloat16, width, width),
         "max_abs_difference": dict(zip(("output", "d_query", "d_key", "d_value"), differences, strict=True)),
     }
 

@@ -20,14 +20,14 @@ Example = Mapping[str, Any]
 """A row of ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` and perhaps ``source``."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class PairCollator:
     """Lays pairs out for a forward.
 
     Attributes:
         pad_token_id: Id that fills the right of short rows.
         pad_to_multiple_of: Row length is rounded up to a multiple of this.
-        flat: One flat row instead of two rows per pair.
+        flat: One flat row instead of two rows per pair; may be turned off before the first batch.
         max_tokens: Most tokens, padding included, in one forward; more pairs than that are split over several.
     """
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from enum import Enum
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -39,26 +42,120 @@ class ForwardOptions:
     chunk: int | None = None
 
 
+# ── where a model's logits come from ──
+
+
+class LogitsFrom(Enum):
+    """What makes a model's logits of the hidden rows that its head is given."""
+
+    HEAD = "the head alone"
+    ROOT = "the head, and what the root's forward does behind it"
+    UNKNOWN = "neither"
+
+
+_known: WeakKeyDictionary[nn.Module, LogitsFrom] = WeakKeyDictionary()
+
+
+def logits_from(root: Any, forward: Callable[[], Tensor], batch: PairBatch) -> LogitsFrom:
+    """Find out where a model's logits come from, once, from the logits of one row of this batch.
+
+    A soft-cap (Gemma 2), a scale (Granite, Cohere) or whatever stands behind the head is the model's own code, which
+    is run on hidden rows alone in `_behind_head`; whether that gives the model's logits is compared, not listed.
+
+    Args:
+        root: The causal language model, without adapters' and engines' wrappers.
+        forward: Runs it, through the wrappers, and returns its logits.
+        batch: What ``forward`` runs it on.
+    """
+    if root not in _known:
+        head = root.get_output_embeddings()
+        seen: dict[LogitsFrom, Tensor] = {}
+        logits_of = head.forward
+
+        def first_row(hidden: Tensor) -> Tensor:
+            row = hidden.flatten(0, -2)[batch.logit_positions[:1]]
+            seen[LogitsFrom.HEAD] = logits_of(row)
+            with suppress(Exception):  # a root that cannot run on hidden rows alone
+                seen[LogitsFrom.ROOT] = _behind_head(root, head, logits_of, row)
+            return seen[LogitsFrom.HEAD].clone()[None]
+
+        with torch.no_grad(), _forward_of(head, first_row):
+            logits = forward()[0]
+        equal = (way for way, found in seen.items() if torch.equal(found.to(logits.dtype), logits))
+        _known[root] = next(equal, LogitsFrom.UNKNOWN)
+    return _known[root]
+
+
+def assume_logits_from_head(root: nn.Module) -> None:
+    """Leave out the comparison of `logits_from`, for tensors that have no values."""
+    _known[root] = LogitsFrom.HEAD
+
+
+class _Hidden:
+    """What a model without its head returns, as far as logits are made of it."""
+
+    def __init__(self, rows: Tensor):
+        self.last_hidden_state = rows
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _behind_head(root: Any, head: Any, logits_of: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """Run the forward of a model's class on (tokens, hidden) that its layers have computed."""
+    stubs = {head: nn.Module(), root.base_model: nn.Module()}  # hooks gather and release weights, and must not run
+    stubs[head].forward, stubs[root.base_model].forward = logits_of, lambda *_, **__: _Hidden(rows[None])
+    before = dict(root._modules)
+    root._modules.update({name: stubs[module] for name, module in before.items() if module in stubs})
+    try:
+        ids = torch.zeros(1, len(rows), dtype=torch.long, device=rows.device)
+        logits: Tensor = type(root).forward(root, input_ids=ids, use_cache=False).logits[0]
+    finally:
+        root._modules.update(before)
+    return logits
+
+
 @contextmanager
-def scoring_head(head: Any, batch: PairBatch, options: ForwardOptions) -> Iterator[None]:
-    """Context in which a head returns scores of completion tokens, (1, tokens, columns), instead of logits."""
-    before = head.__dict__.get("forward")
-    logits_of = head.forward
-
-    def forward(hidden: Tensor) -> Tensor:
-        rows = hidden.flatten(0, -2)[batch.logit_positions]
-        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
-        vocabulary = int(getattr(head, "out_features", None) or head.weight.shape[0])
-        scores = chunked_scores(logits_of, rows, batch.labels, options, trains, vocabulary, _is_product(head))
-        return scores[None]
-
-    head.forward = forward
+def _forward_of(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Context in which a module, within its hooks, runs another forward."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        del head.forward
+        del module.forward
         if before is not None:
-            head.forward = before
+            module.forward = before
+
+
+@contextmanager
+def scoring_head(root: Any, batch: PairBatch, options: ForwardOptions, way: LogitsFrom) -> Iterator[None]:
+    """Context in which a model returns scores of completion tokens, (1, tokens, columns), as its logits."""
+    head = root.get_output_embeddings()
+    head_forward, root_forward = head.forward, root.forward
+    own = way is LogitsFrom.ROOT
+    logits_of = partial(_behind_head, root, head, head_forward) if own else head_forward
+    found: list[Tensor] = []
+
+    def score(hidden: Tensor) -> Tensor:
+        rows = hidden.flatten(0, -2)[batch.logit_positions]
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
+        vocabulary = int(getattr(head, "out_features", None) or head.weight.shape[0])
+        product = not own and _is_product(head)
+        scores = chunked_scores(logits_of, rows, batch.labels, options, trains, vocabulary, product)
+        found.append(scores[None])
+        return scores[None]
+
+    def return_scores(*args: Any, **kwargs: Any) -> Any:
+        output = root_forward(*args, **kwargs)
+        output.logits = found.pop()  # not what has been done to them behind the head
+        return output
+
+    with _forward_of(head, score), _forward_of(root, return_scores) if own else nullcontext():
+        yield
 
 
 def _is_product(head: Any) -> bool:

@@ -3,52 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpo_plugin.compute.attention import NAME, PairSegments
+from dpo_plugin.compute.attention import EAGER, NAME, PairSegments, recorded_calls, without_masks
 from dpo_plugin.compute.lm_head import (
     ENTROPY,
     LOG_COLLISION,
     LOGP,
     MEAN_LOGIT,
     ForwardOptions,
+    LogitsFrom,
+    logits_from,
     scoring_head,
     token_scores,
 )
 from dpo_plugin.compute.losses import LossOptions, PreferenceLoss
 from dpo_plugin.types import CompletionLogps, PairBatch, PairLogps
 
-PLAIN_LM_HEADS = ("llama", "mistral", "phi", "phi3", "qwen2", "qwen3")
-"""Model types whose logits are what the head returns, with no soft-cap or scale behind it; tests hold each."""
-
 
 def run_model(model: Callable[..., Any], batch: PairBatch, options: ForwardOptions | None = None) -> CompletionLogps:
     """Forward a batch through the root module and take the completions' log-probs.
 
     The head's own forward is what is called, inside the root's, so that ZeRO-3 and FSDP2 gather its weight. Where
-    logits are changed behind the head (soft-cap, scale), those of the rows with a completion token are computed whole.
+    nothing of what `logits_from` tries gives the model's logits, those of completion tokens are computed whole.
 
     Raises:
-        ValueError: For a flat batch on a model with another attention than `dpo_plugin.compute.attention.NAME`, which
-            would lose the prompt of rejected; or if the engine rounds what the root returns, as FSDP2 does with a low
-            ``output_dtype``.
+        ValueError: For a flat batch on a model that `attend_to_pairs` has not seen, which would hide the prompt
+            from rejected; or if the engine rounds what the root returns, as FSDP2 does with a low ``output_dtype``.
     """
     options = options or ForwardOptions()
     inner = unwrapped(model)
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
     if batch.segments:
-        if inner.config._attn_implementation != NAME:
-            raise ValueError(f"a flat batch needs model.set_attn_implementation({NAME!r})")
+        if inner.config._attn_implementation not in (NAME, EAGER):
+            raise ValueError("a flat batch needs a model that attend_to_pairs has seen")
         device = batch.input_ids.device
         inputs["position_ids"] = batch.position_ids
         inputs["pair_segments"] = PairSegments(batch.segments, batch.input_ids.shape[1], device)
-        # A mask of four dimensions is handed on as it is, and nothing is built for positions that start anew.
-        inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-    if scores_in_head(inner):
-        with scoring_head(inner.get_output_embeddings(), batch, options):
+        inputs["attention_mask"] = torch.ones_like(batch.input_ids)  # without it, positions say where sequences begin
+    with without_masks() if batch.segments else nullcontext():
+        return _scored(model, inner, inputs, batch, options)
+
+
+def _scored(
+    model: Callable[..., Any], inner: Any, inputs: Mapping[str, Any], batch: PairBatch, options: ForwardOptions
+) -> CompletionLogps:
+    root = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    with recorded_calls():  # not of the forward that somebody may be recording
+        way = logits_from(root, lambda: model(**inputs).logits, batch)
+    if way is not LogitsFrom.UNKNOWN:
+        with scoring_head(root, batch, options, way):
             scores = model(**inputs).logits[0]
         if scores.dtype.itemsize < 4:
             raise ValueError(
@@ -67,11 +75,6 @@ def unwrapped(model: Any) -> Any:
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
     return model
-
-
-def scores_in_head(model: Any) -> bool:
-    """Whether the head's output is the model's output, so that the head itself can score tokens."""
-    return getattr(getattr(model, "config", None), "model_type", None) in PLAIN_LM_HEADS
 
 
 def _rows_to_keep(batch: PairBatch) -> tuple[Tensor, Tensor]:

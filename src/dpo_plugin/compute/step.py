@@ -100,14 +100,14 @@ class PreferenceStep:
         With ``anew``, equal on all ranks, the reference is run all the same: cached log-probs come from batches of
         another shape, which in bf16 moves them by more than the tolerance of step 0.
         """
-        return self.reference.logps(model, batch, self._reference_forward, anew)
+        return self.reference.logps(model, batch, self.forward_without_gradients, anew)
 
     def _policy_forward(self, model: Any, batch: PairBatch) -> CompletionLogps:
         return run_model(model, batch, self.forward_options)
 
     @torch.no_grad()
-    def _reference_forward(self, model: Any, batch: PairBatch) -> CompletionLogps:
-        """Run a model without gradients, WPO weights and entropy, which are the policy's alone."""
+    def forward_without_gradients(self, model: Any, batch: PairBatch) -> CompletionLogps:
+        """Run a model without WPO weights and entropy, which are the policy's alone."""
         with without_checkpointing(self.layers):
             return run_model(model, batch, replace(self.forward_options, wpo=False, entropy=False))
 

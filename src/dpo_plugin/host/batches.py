@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_plugin.compute import attention, batching, lm_head, logps
-from dpo_plugin.compute.batching import PairCollator, find_row, row_name, sequences
+from dpo_plugin.compute.batching import PairCollator, find_row, row_name, sequences, to_pair_batch
+from dpo_plugin.compute.layouts import Comparison, compare_layouts, pairs_to_compare, rounding, smallest_window
 from dpo_plugin.compute.lm_head import ForwardOptions
-from dpo_plugin.compute.logps import PLAIN_LM_HEADS
 from dpo_plugin.compute.losses import LossOptions
 from dpo_plugin.compute.step import PreferenceStep
 from dpo_plugin.engines.ranks import on_any_rank
@@ -55,33 +55,73 @@ def attach_adapters(settings: RunSettings, base: nn.Module, peft_config: Any, se
     return model
 
 
-def shares_prefixes(settings: RunSettings, base: Any) -> bool:
-    """Decide whether batches are flat, and log why if they are not.
+def may_share_prefixes(settings: RunSettings, base: Any) -> bool:
+    """Decide whether a flat row may be tried, and log why if not; `decide_layout` compares it with two rows.
 
     Raises:
         ConfigError: With ``prefix_sharing: true`` on a model that cannot.
     """
     why = settings.prefix_sharing_blocker or attention.prefix_sharing_blocker(base.config)
-    if why is None:
-        return True
+    if why is not None:
+        _insist_or_say(settings, why)
+    return why is None
+
+
+def _insist_or_say(settings: RunSettings, why: str) -> None:
     if settings.config.compute.prefix_sharing is True:
         raise ConfigError(f"{why}, but `dpo_plugin.compute.prefix_sharing: true` asks for it. Write: auto")
     LOG.info(f"dpo_plugin: chosen and rejected are computed as two rows each, because {why}")
-    return False
+
+
+def decide_layout(trainer: Any) -> None:
+    """Compare a flat row with two rows on a few pairs of the run, before the first forward; turn it off if they differ.
+
+    All ranks must call. Without training, an engine that shards a model has not done so yet, and two rows are taken.
+
+    Raises:
+        ConfigError: With ``prefix_sharing: true`` where they differ.
+        DataError: If two rows of a pair are longer than ``compute.max_tokens``.
+    """
+    collator: PairCollator = trainer.data_collator
+    if not collator.flat or trainer.compared is not None:
+        return
+    if not trainer.is_in_train and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        why: str | None = "nothing is compared for an evaluation alone where an engine shards the model"
+    else:
+        trainer.compared = _compare(trainer)
+        differs = on_any_rank(trainer.accelerator, trainer.compared.why_not is not None)
+        why = trainer.compared.why_not or ("another rank finds a difference" if differs else None)
+    if why is None:
+        LOG.info(f"dpo_plugin: chosen and rejected share their prefix; two rows differ from it by {trainer.compared}")
+        return
+    _insist_or_say(trainer.settings, why)
+    collator.flat = False
+    for model in filter(None, (trainer.model, trainer.ref_model)):
+        attention.attend_to_rows(model)
+    check_lengths(trainer)
+
+
+def _compare(trainer: Any) -> Comparison:
+    data = next(data for _, data in named_datasets(trainer))
+    pairs = pairs_to_compare(data, smallest_window(trainer.model.config))
+    flat, rows = (replace(trainer.data_collator, flat=flat, max_tokens=None) for flat in (True, False))
+    training = trainer.model.training
+    trainer.model.eval()
+    try:
+        one, two = (to_pair_batch(trainer._prepare_inputs(collate(pairs))) for collate in (flat, rows))
+        forward = partial(trainer.preference_step.forward_without_gradients, trainer.model_wrapped)
+        head = trainer.model.get_output_embeddings()
+        return compare_layouts(forward, head, one, two, rounding(trainer.settings.engine.dtype))
+    finally:
+        trainer.model.train(training)
 
 
 def prepare_models(flat: bool, *models: Any) -> None:
-    """Set the attention of the flat layout, and say where the head cannot score tokens itself."""
+    """Set the attention of the flat layout, and how 4-bit weights are read."""
     for model in filter(None, models):
         keep_nf4_as_packed(model)
         if flat:
-            attention.register()
-            model.set_attn_implementation(attention.NAME)
-        if model.config.model_type not in PLAIN_LM_HEADS:
-            LOG.info(
-                f"dpo_plugin: {model.config.model_type!r} is not among the architectures whose head scores tokens in "
-                "chunks, so the logits of all completion tokens are held at once"
-            )
+            attention.attend_to_pairs(model)
 
 
 def make_collator(settings: RunSettings, kwargs: dict[str, Any], flat: bool) -> PairCollator:
@@ -183,16 +223,6 @@ def open_cache(
         code=hashlib.sha256(source.encode()).hexdigest(),
     )
     return ReferenceLogpCache(folder / "reference_logps" if folder else None, key)
-
-
-def rounding(dtype: torch.dtype) -> float:
-    """Bound by how much two forwards of one model may differ in batches of other shapes: nats per √token.
-
-    Eight times the spacing of the numbers that the run multiplies (`EngineSettings.dtype`). 16-bit training and
-    serving of one model differ by a Kullback-Leibler divergence of about 8e-4 nats a token in bf16 (arXiv 2510.26788),
-    which is 0.04 in this unit.
-    """
-    return max(8 * torch.finfo(dtype).eps, 1e-3)
 
 
 def base_identity(base: Any) -> str:

@@ -13,6 +13,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from dpo_plugin.compute.batching import to_pair_batch
 from dpo_plugin.compute.dropout import disable_dropout
+from dpo_plugin.compute.layouts import Comparison
 from dpo_plugin.engines import master_weights
 from dpo_plugin.engines.precision import adapter_values, init_master_weights, keep_logps_fp32, restore_adapter_dtype
 from dpo_plugin.engines.ranks import packs_of, without_exchange
@@ -45,7 +46,7 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
     def __init__(self, model: nn.Module, ref_model: nn.Module | None = None, *, peft_config: Any = None, **kwargs: Any):
         self.settings = DPOPlugin.active().run_settings()
         base, model = model, batches.attach_adapters(self.settings, model, peft_config, kwargs["args"].seed)
-        flat = batches.shares_prefixes(self.settings, base)
+        flat = batches.may_share_prefixes(self.settings, base)
         batches.prepare_models(flat, base, ref_model)
         if kwargs["args"].disable_dropout:
             disable_dropout(model, ref_model)
@@ -64,6 +65,7 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
         self.origin = resume.origin_of(model, name, strategy, digest, self.masters)
         self.preference_step = batches.make_step(self)
         self.recorder = batches.make_recorder(self)
+        self.compared: Comparison | None = None
         self._eval_prefix, self._fp32_shards = "eval", frozenset[str]()
         self._add_callbacks()
         log_setup(self)
@@ -202,6 +204,7 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Evaluate, with our metrics under the prefix that is asked for."""
+        batches.decide_layout(self)
         self._eval_prefix = metric_key_prefix
         metrics: dict[str, float] = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         return metrics

@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 from dpo_plugin.compute import attention
 from dpo_plugin.compute.batching import PairCollator, to_pair_batch
-from dpo_plugin.compute.lm_head import ForwardOptions
-from dpo_plugin.compute.logps import completion_logps, run_model, scores_in_head
+from dpo_plugin.compute.lm_head import ForwardOptions, assume_logits_from_head
+from dpo_plugin.compute.logps import run_model
 from dpo_plugin.compute.losses import LossOptions, sigmoid
 from dpo_plugin.compute.step import score_pairs
 from dpo_plugin.errors import ConfigError
@@ -172,8 +172,11 @@ def run_on_fakes(model: Any, step: Step) -> Activations:
     model is one of `on_meta`, and its parameters are replaced.
     """
     base = model.get_base_model() if isinstance(model, PolicyReferenceModel) else model
-    attention.register()
-    base.set_attn_implementation(step.attention)
+    if step.attention == attention.NAME:
+        attention.attend_to_pairs(base)
+    else:
+        base.set_attn_implementation(step.attention)
+    assume_logits_from_head(base)
     if step.checkpointed:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     fake = FakeTensorMode()
@@ -239,6 +242,4 @@ def _reference(model: Any) -> Any:
 def _forward(model: Any, batch: PairBatch, step: Step) -> CompletionLogps:
     options = ForwardOptions(chunk=step.chunk)
     with torch.autocast("cpu", torch.bfloat16, enabled=step.autocast):
-        if scores_in_head(model):
-            return run_model(model, batch, options)
-        return completion_logps(model(input_ids=batch.input_ids, use_cache=False).logits, batch, options)
+        return run_model(model, batch, options)

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from dpo_plugin.engines.ranks import check_ranks_agree
-from dpo_plugin.host.batches import named_datasets
+from dpo_plugin.host.batches import decide_layout, named_datasets
 from dpo_plugin.host.callbacks import RunningTrainer
 from dpo_plugin.host.log import LOG
 
@@ -27,6 +27,7 @@ class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
         for buffers in trainer.computed_buffers:
             buffers.restore()
             buffers.check()
+        decide_layout(trainer)
         trainer.recorder.adapter_norms(trainer.model)
         trainer.recorder.remember_start(state.log_history)
         if not args.precompute_ref_log_probs or trainer.reference.cache is None:

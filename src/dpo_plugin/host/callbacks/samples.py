@@ -13,7 +13,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from dpo_plugin.config import SamplesConfig
 from dpo_plugin.errors import ConfigError
-from dpo_plugin.host.batches import named_datasets
+from dpo_plugin.host.batches import decide_layout, named_datasets
 from dpo_plugin.host.callbacks import RunningTrainer
 from dpo_plugin.host.log import may_fail
 from dpo_plugin.host.templates import KEY, check_rendered_as_trained, refusal, render_prompt, renderer_of
@@ -54,6 +54,7 @@ def make_sampler(trainer: RunningTrainer, settings: SamplesConfig, seed: int) ->
         temperature=settings.temperature,
         seed=seed,
     )
+    decide_layout(trainer)
     flat, chunk = trainer.data_collator.flat, trainer.settings.config.compute.logits_chunk
     return Sampler(trainer.reference.strategy, tokenizer, options, trainer.args.beta, flat, chunk)
 
