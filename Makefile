@@ -15,7 +15,7 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: help install demo test test-ranks test-core test-newest unit lint types fix bench clean
+.PHONY: help install demo test test-ranks test-core test-newest models unit lint types fix bench clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ test-newest:  ## the same with the newest trl, peft and transformers, whatever a
 	-.venv-newest/bin/pip install --quiet --upgrade trl peft transformers
 	-$(MAKE) test-core VENV=.venv-newest
 	-.venv-newest/bin/pip list | grep --extended-regexp "^(axolotl|peft|torch|transformers|trl) "
+
+models: install  ## measure every architecture and write docs/models.md (about 40 minutes)
+	OMP_NUM_THREADS=1 python -m tests.models
 
 unit: install  ## the fast tests alone
 	python -m pytest tests/unit

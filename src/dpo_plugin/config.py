@@ -123,6 +123,13 @@ class LossConfig(_Section):
         description="LD-DPO: weight of the tokens beyond the length of the pair's shorter answer. Default: 1.",
     )
     discopop_tau: Number = Field(default=0.05, gt=0, description="Temperature of the loss discopop.")
+    router_aux_loss_coef: Number | None = Field(
+        default=None,
+        examples=[0.001],
+        ge=0,
+        description="Weight of the model's own load-balancing loss of the policy's routers, added to the loss of a "
+        "mixture of experts. Default: none.",
+    )
 
 
 class ComputeConfig(_Section):
@@ -131,8 +138,8 @@ class ComputeConfig(_Section):
     prefix_sharing: Literal["auto"] | bool = Field(
         default="auto",
         description="Compute what chosen and rejected begin with once, in one row without padding. auto: where the "
-        "model is one that this is tested on and attn_implementation is not asked for by name; true: or stop; false: "
-        "two padded rows per pair.",
+        "a few pairs give what they give in two rows, and no attn_implementation but eager is asked for by name; true: "
+        "or stop; false: two padded rows per pair.",
     )
     logits_chunk: int | None = Field(
         default=None,

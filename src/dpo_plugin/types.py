@@ -99,6 +99,8 @@ class CompletionLogps:
         wpo_weights: WPO weight exp(mean aligned log-probability), or None if not asked for.
         entropy: Mean entropy of the next token's distribution, nats per completion token, or None if not asked for.
         unweighted: The sums with every token counted once, or None where ``sums`` are just that (no ``ld_alpha``).
+        router_aux: The routers' load-balancing loss over the tokens of both rows of every pair, scalar (Fedus et al.
+            2021, arXiv 2101.03961, eq. 4 to 6), or None if not asked for.
     """
 
     sums: Tensor
@@ -107,6 +109,7 @@ class CompletionLogps:
     wpo_weights: Tensor | None = None
     entropy: Tensor | None = None
     unweighted: Tensor | None = None
+    router_aux: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

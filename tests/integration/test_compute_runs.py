@@ -13,7 +13,7 @@ from dpo_plugin.compute.logps import run_model
 from dpo_plugin.errors import ConfigError, DataError, NotFiniteError
 from tests.support import host
 from tests.support.tiny import chat_row, dpo_config, save_base, tokenizer, write_rows
-from tests.unit.compute.test_compute import assert_same, batch_of, use_flat_attention, with_lora
+from tests.unit.compute.test_compute import assert_same, batch_of, with_lora
 
 ROWS = [
     chat_row(f"Question {n}? " * (1 + n % 4), f"Good answer {n}. " * (1 + n % 3), f"Bad {n}.", "ab"[n % 2])
@@ -125,7 +125,7 @@ def test_nf4_flat_pairs_equal_two_rows(base_dir):
 
     quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=quantised, dtype=torch.float32)
-    use_flat_attention(model)
+    attention.attend_to_pairs(model)
     assert_same(with_lora(model), batch_of(flat=True), batch_of(), 1e-4, 1e-4)
 
 

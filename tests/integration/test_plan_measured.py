@@ -95,11 +95,10 @@ def take_steps(sizes: dict[str, Any], settings: dict[str, Any]) -> None:
 
     dtype = torch.bfloat16 if settings.get("bf16") else torch.float32
     config = AutoConfig.for_model(**{**SIZES, **sizes})
-    attention.register()
 
     def base() -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model.set_attn_implementation(attention.NAME)
+        attention.attend_to_pairs(model)
         return model
 
     model = base()

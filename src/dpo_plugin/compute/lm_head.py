@@ -34,12 +34,14 @@ class ForwardOptions:
             arXiv 2409.06411); None or 1 leaves them as they are.
         entropy: Also compute the entropy of each token's distribution.
         chunk: Completion tokens whose logits are held at a time; None for `CHUNK_BYTES` of them.
+        router_aux: Also take the load-balancing loss of a mixture of experts' routers from the model.
     """
 
     wpo: bool = False
     ld_alpha: float | None = None
     entropy: bool = False
     chunk: int | None = None
+    router_aux: bool = False
 
 
 # ── where a model's logits come from ──

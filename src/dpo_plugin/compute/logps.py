@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ def run_model(model: Callable[..., Any], batch: PairBatch, options: ForwardOptio
         device = batch.input_ids.device
         inputs["position_ids"] = batch.position_ids
         inputs["pair_segments"] = PairSegments(batch.segments, batch.input_ids.shape[1], device)
-        inputs["attention_mask"] = torch.ones_like(batch.input_ids)  # without it, positions say where sequences begin
+        inputs["attention_mask"] = _times_read(batch) if options.router_aux else torch.ones_like(batch.input_ids)
+    if options.router_aux:
+        inputs["output_router_logits"] = True
     with without_masks() if batch.segments else nullcontext():
         return _scored(model, inner, inputs, batch, options)
 
@@ -57,17 +60,27 @@ def _scored(
         way = logits_from(root, lambda: model(**inputs).logits, batch)
     if way is not LogitsFrom.UNKNOWN:
         with scoring_head(root, batch, options, way):
-            scores = model(**inputs).logits[0]
+            output = model(**inputs)
+        scores = output.logits[0]
         if scores.dtype.itemsize < 4:
             raise ValueError(
                 f"the engine casts log-probs to {scores.dtype}. Write: MixedPrecisionPolicy(output_dtype=None)"
             )
-        return sum_completions(scores, batch, options)
-    keep, rows = _rows_to_keep(batch)
-    logits = model(**inputs, logits_to_keep=keep).logits
-    if logits.shape[1] != len(keep):  # a model that knows no logits_to_keep
-        rows = batch.logit_positions
-    return sum_completions(token_scores(logits.flatten(0, 1)[rows], batch.labels, options), batch, options)
+    else:
+        keep, rows = _rows_to_keep(batch)
+        output = model(**inputs, logits_to_keep=keep)
+        if output.logits.shape[1] != len(keep):  # a model that knows no logits_to_keep
+            rows = batch.logit_positions
+        scores = token_scores(output.logits.flatten(0, 1)[rows], batch.labels, options)
+    logps = sum_completions(scores, batch, options)
+    return replace(logps, router_aux=output.aux_loss) if options.router_aux else logps
+
+
+def _times_read(batch: PairBatch) -> Tensor:
+    """Count in how many of two rows per pair each token of a flat row would stand, (1, length); the mask of routers."""
+    times = [n for prefix, chosen, rejected in batch.segments for n in [2] * prefix + [1] * (chosen + rejected)]
+    padding = [0] * (batch.input_ids.shape[1] - len(times))
+    return torch.tensor([times + padding], device=batch.input_ids.device)
 
 
 def unwrapped(model: Any) -> Any:

@@ -30,14 +30,14 @@ _SIDES = {
 
 def score_pairs(
     model: Any, batch: PairBatch, forward: Forward, reference: Callable[[Any, PairBatch], Tensor], beta: float
-) -> tuple[PairLogps, Tensor | None]:
+) -> tuple[PairLogps, CompletionLogps]:
     """Run the policy, as the engine wrapped it, and then the reference, which gives (pairs, 2) fp32 nats.
 
     Returns:
-        Both side by side, and the policy's WPO weights, (2 * pairs,) or None.
+        Both side by side, and what the policy's forward gave.
     """
     policy = forward(model, batch)
-    return pair_logps(policy, reference(model, batch), beta, batch.sources), policy.wpo_weights
+    return pair_logps(policy, reference(model, batch), beta, batch.sources), policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class StepResult:
     """What a micro-batch gives.
 
     Attributes:
-        loss: Mean loss over the pairs that count, scalar, with gradient.
+        loss: Mean loss over the pairs that count, and the routers' where it is asked for, scalar, with gradient.
         logps: The pairs that count, for metrics; None if none do.
     """
 
@@ -85,13 +85,15 @@ class PreferenceStep:
         """
         dtype = self.step_zero_dtype if training else None
         reference = partial(self.reference_logps, anew=dtype is not None)
-        logps, wpo_weights = score_pairs(model, batch, self._policy_forward, reference, self.loss_options.beta)
+        logps, policy = score_pairs(model, batch, self._policy_forward, reference, self.loss_options.beta)
         self._check_finite(logps, batch)
         if dtype is not None:
             self.step_zero_dtype = None
             check_policy_is_reference(logps, dtype)
-        losses = total_loss(logps, self.losses, self.loss_options, wpo_weights)
+        losses = total_loss(logps, self.losses, self.loss_options, policy.wpo_weights)
         loss = losses[counted].mean() if 0 < len(counted) < batch.num_pairs else losses.mean()
+        if policy.router_aux is not None and (weight := self.loss_options.router_aux_loss_coef):
+            loss = loss + weight * policy.router_aux
         return StepResult(loss, logps.only(counted) if counted else None)
 
     def reference_logps(self, model: Any, batch: PairBatch, anew: bool = False) -> Tensor:
@@ -107,9 +109,9 @@ class PreferenceStep:
 
     @torch.no_grad()
     def forward_without_gradients(self, model: Any, batch: PairBatch) -> CompletionLogps:
-        """Run a model without WPO weights and entropy, which are the policy's alone."""
+        """Run a model without WPO weights, entropy and the routers' loss, which are the policy's alone."""
         with without_checkpointing(self.layers):
-            return run_model(model, batch, replace(self.forward_options, wpo=False, entropy=False))
+            return run_model(model, batch, replace(self.forward_options, wpo=False, entropy=False, router_aux=False))
 
     def _check_finite(self, logps: PairLogps, batch: PairBatch) -> None:
         values = torch.stack([getattr(logps, name) for name in _SIDES]).detach()

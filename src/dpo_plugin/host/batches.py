@@ -120,6 +120,12 @@ def prepare_models(flat: bool, *models: Any) -> None:
     """Set the attention of the flat layout, and how 4-bit weights are read."""
     for model in filter(None, models):
         keep_nf4_as_packed(model)
+        capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+        if capped and model.config._attn_implementation == "sdpa":
+            LOG.warning_once(
+                f"dpo_plugin: {model.config.model_type} caps its attention scores, which transformers' SDPA does not, "
+                "so log-probs are not the model's. Write: attn_implementation: eager"
+            )
         if flat:
             attention.attend_to_pairs(model)
 
@@ -159,6 +165,13 @@ def make_step(trainer: Any) -> PreferenceStep:
     names, losses = args.loss_type, get_registry().losses
     weights = args.loss_weights or [1.0] * len(names)
     checked = trainer.reference.strategy.equals_policy_at_start() and args.disable_dropout
+    routed = bool(config.loss.router_aux_loss_coef)
+    if routed and not hasattr(trainer.model.config.get_text_config(), "output_router_logits"):
+        raise ConfigError(
+            f"`dpo_plugin.loss.router_aux_loss_coef: {config.loss.router_aux_loss_coef:g}` needs a mixture of experts "
+            f"that returns its routers' loss; {trainer.model.config.model_type} does not. "
+            "Write: router_aux_loss_coef: null"
+        )
     return PreferenceStep(
         reference=trainer.reference,
         losses={name: (losses.find(name, "dpo_loss_type"), w) for name, w in zip(names, weights, strict=True)},
@@ -168,6 +181,7 @@ def make_step(trainer: Any) -> PreferenceStep:
             ld_alpha=config.loss.ld_alpha,
             entropy="entropy" in needed_by(trainer.settings.metrics.values()),
             chunk=config.compute.logits_chunk,
+            router_aux=routed,
         ),
         layers=checkpointed_layers(trainer.model),
         locate=partial(_locate_pair, trainer),

@@ -227,10 +227,9 @@ def _cache_dir(
 
 
 _ATTENTION_FLAGS = (
-    "eager_attention", "flash_attention", "flex_attention", "s2_attention", "sage_attention", "sdp_attention",
-    "xformers_attention",
+    "flash_attention", "flex_attention", "s2_attention", "sage_attention", "sdp_attention", "xformers_attention",
 )  # fmt: skip
-"""axolotl's keys from before attn_implementation, which its schema still takes."""
+"""axolotl's keys from before attn_implementation, which its schema still takes, but for eager_attention."""
 
 
 def _prefix_sharing_blocker(cfg: Mapping[str, Any], config: DPOPluginConfig) -> str | None:
@@ -243,7 +242,8 @@ def _prefix_sharing_blocker(cfg: Mapping[str, Any], config: DPOPluginConfig) -> 
         if wanted is True:
             raise ConfigError(f"{why}, but `dpo_plugin.compute.prefix_sharing: true` needs one flat row. Write: auto")
         return why
-    named = [f"attn_implementation: {cfg['attn_implementation']}"] if cfg.get("attn_implementation") else []
+    asked = cfg.get("attn_implementation")
+    named = [f"attn_implementation: {asked}"] if asked and asked != "eager" else []
     named += [f"{flag}: true" for flag in _ATTENTION_FLAGS if cfg.get(flag)]
     if named and wanted == "auto":
         return f"`{named[0]}` asks for an attention by name; remove the line to share prefixes"

@@ -189,6 +189,7 @@ LINES_OF_OTHERS = {
     "f_divergence_type": "dpo_plugin: {{loss: {{f_divergence: {}}}}}",
     "f_alpha_divergence_coef": "dpo_plugin: {{loss: {{f_alpha: {}}}}}",
     "ld_alpha": "dpo_plugin: {{loss: {{ld_alpha: {}}}}}",
+    "router_aux_loss_coef": "dpo_plugin: {{loss: {{router_aux_loss_coef: {}}}}}",
     "discopop_tau": "dpo_plugin: {{loss: {{discopop_tau: {}}}}}",
     "max_length": "sequence_len: {}",
     "max_prompt_length": "sequence_len: <tokens of prompt and completion>",

@@ -206,3 +206,24 @@ def test_pairs_with_something_to_share_are_compared():
     assert pairs_to_compare(rows, None) == rows[1:]
     assert pairs_to_compare([nothing_shared], None) == [nothing_shared]
     assert min(shared_segments(nothing_shared)) < 4
+
+
+# ── the routers' own loss ──
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("flat", [True, False])
+def test_the_routers_loss_is_that_of_the_model_over_two_rows(kind, flat):
+    """A token of the shared prefix is routed once in a flat row, and counted twice."""
+    model = ready(kind)
+    rows = batch_of(False)
+    wanted = model(
+        input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False, output_router_logits=True
+    ).aux_loss
+    found = run_model(model, batch_of(flat), ForwardOptions(router_aux=True)).router_aux
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+    (got,) = torch.autograd.grad(found, model.model.layers[1].mlp.gate.weight)
+    (slope,) = torch.autograd.grad(wanted, model.model.layers[1].mlp.gate.weight)
+    assert slope.norm() > 0
+    assert (got - slope).norm() / slope.norm() <= 1e-5
+    assert run_model(model, batch_of(flat)).router_aux is None

@@ -137,8 +137,7 @@ class TestSampler:
     @pytest.mark.parametrize("strategy", ["adapter", "base", "none"])
     def test_rewards_are_beta_times_the_log_ratio_of_the_answer(self, model, oracles, tokenizer, strategy, flat):
         if flat:
-            attention.register()
-            model.get_base_model().set_attn_implementation(attention.NAME)
+            attention.attend_to_pairs(model.get_base_model())
         base, reference, policy = oracles
         other = {"adapter": reference, "base": base, "none": None}[strategy]
         found = sampler(model, tokenizer, strategy, flat=flat)(model, PROMPTS, step=3)
