@@ -54,6 +54,15 @@ BODY = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 8192,
 }
+SHAPES: dict[str, dict[str, Any]] = {
+    "dense": {"model_type": "qwen2"},
+    "window": {"model_type": "mistral", "sliding_window": 128},
+    "moe": {
+        "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 352,
+        "head_dim": 32,
+    },
+}  # fmt: skip
+"""What `--shape` adds to the body; the LoRA of a mixture is on attention alone."""
 CHECKPOINTING = {"use_reentrant": False}
 Pair = dict[str, Any]
 
@@ -131,10 +140,11 @@ class Contender:
         return torch.cat([named[name] for name in sorted(named)])
 
 
-def make_contenders(names: list[str], root: Path, vocabulary: int) -> dict[str, Contender]:
+def make_contenders(names: list[str], root: Path, vocabulary: int, shape: str = "dense") -> dict[str, Contender]:
     """The contenders by name; of a rival that does not run, the reason is printed."""
-    base = save_base(root / f"base{vocabulary}", vocabulary)
-    sft = tiny.save_adapter(base, root / f"sft{vocabulary}", r=RANK, lora_alpha=RANK)
+    base = save_base(root / f"base{vocabulary}", vocabulary, shape)
+    projections = tiny.PROJECTIONS[:4] if shape == "moe" else tiny.PROJECTIONS
+    sft = tiny.save_adapter(base, root / f"sft{vocabulary}", r=RANK, lora_alpha=RANK, target_modules=projections)
     made = {}
     for name in names:
         try:
@@ -163,13 +173,13 @@ def distinct(rivals: list[str]) -> list[str]:
     return list(dict.fromkeys("stock" if is_stock.get(rival) else rival for rival in rivals))
 
 
-def save_base(folder: Path, vocabulary: int) -> Path:
-    """A random Qwen2 with the tiny tokenizer."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def save_base(folder: Path, vocabulary: int, shape: str) -> Path:
+    """A random model of a shape with the tiny tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen2Config(**BODY, vocab_size=vocabulary, tie_word_embeddings=False)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    config = AutoConfig.for_model(**BODY, **SHAPES[shape], vocab_size=vocabulary, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder
 
@@ -202,7 +212,8 @@ def theirs(trainer: Any, config: Any, base: Path, sft: Path, folder: Path, **set
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), sft, is_trainable=True)
     args = config(
         output_dir=str(folder), report_to=[], bf16=False, max_length=None, gradient_checkpointing=True,
-        gradient_checkpointing_kwargs=CHECKPOINTING, use_cpu=not torch.cuda.is_available(), **settings,
+        gradient_checkpointing_kwargs=CHECKPOINTING, use_cpu=not torch.cuda.is_available(),
+        router_aux_loss_coef=0.0, **settings,
     )  # fmt: skip
     rows = Dataset.from_list([{"prompt": "Question?", "chosen": "Yes.", "rejected": "No."}])  # steps bring their own
     return trainer(model=model, args=args, processing_class=tiny.tokenizer(), train_dataset=rows)
@@ -217,7 +228,7 @@ def ours(base: Path, sft: Path, folder: Path, warm: bool = False) -> Any:
     reference = {"cache": str(folder / "kept") if warm else False}
     config = tiny.dpo_config(
         base, folder / "out", lora_model_dir=str(sft), lora_r=RANK, lora_alpha=RANK, gradient_checkpointing=True,
-        dpo_plugin={"reference": reference},
+        lora_target_modules=None, lora_target_linear=True, dpo_plugin={"reference": reference},
     )  # fmt: skip
     cfg = host.load_config(config, folder)
     data = PluginManager.get_instance().load_datasets(cfg, preprocess=False)
@@ -325,7 +336,7 @@ def logged(trainer: Any) -> list[float]:
 
 def speed(root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Prompt shares and the log-normal mix, at micro-batch 1 and 4."""
-    made = make_contenders([*arguments.against, "ours", "ours-warm"], root, 8192)
+    made = make_contenders([*arguments.against, "ours", "ours-warm"], root, 8192, arguments.shape)
     usual = [next(iter(made)), "ours", "ours-warm"]
     shares = [0.5] if arguments.quick else [0.1, 0.3, 0.5, 0.7, 0.9]
     cases = [(1, share) for share in [*shares, None]] + [(4, 0.5), (4, None)]
@@ -338,7 +349,32 @@ def speed(root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]
         taking_part = {n: c for n, c in made.items() if n in usual or share == 0.5}
         equal = equality(taking_part, batches[0]) if (size, share) == cases[0] else None
         found = summary(race(taking_part, batches, arguments.warm_up), size)
-        yield {"micro_batch": size, "prompt_share": share or "log-normal mix", "contenders": found, "equality": equal}
+        steps = statistics.median(found["ours"]["seconds"]) * 100
+        yield {
+            "shape": arguments.shape,
+            "micro_batch": size,
+            "prompt_share": share or "log-normal mix",
+            "contenders": found,
+            "equality": equal,
+            "comparison_of_100_steps": comparison(made["ours"].trainer, batches) / steps,
+        }
+
+
+def comparison(trainer: Any, batches: list[list[Pair]]) -> float:
+    """Seconds in which a run compares a flat row with two rows, once before its first step."""
+    from dpo_plugin.host.batches import decide_layout
+
+    data, trainer.train_dataset, trainer.compared = (
+        trainer.train_dataset,
+        [row for rows in batches for row in rows],
+        None,
+    )
+    started = time.perf_counter()
+    decide_layout(trainer)
+    seconds = time.perf_counter() - started
+    trainer.train_dataset = data
+    assert trainer.data_collator.flat, trainer.compared
+    return seconds
 
 
 def memory(root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -480,6 +516,7 @@ def report(found: dict[str, Any]) -> str:
         )
     for name, to in (found["equality"] or {}).items():
         lines.append(f"  ours to {name}: max |Δ log-prob| {to['logps']:.1e}, Δ gradient {to['gradient']:.1e}")
+    lines.append(f"  comparing the layouts takes {found['comparison_of_100_steps']:.2%} of 100 steps of ours")
     return "\n".join(lines)
 
 
@@ -492,6 +529,7 @@ def main() -> None:
     parser.add_argument(
         "--against", default="stock-nogc,stock,liger", help="rivals, the first being what ratios are to"
     )
+    parser.add_argument("--shape", choices=list(SHAPES), default="dense", help="of the model that `speed` runs")
     parser.add_argument("--only", choices=["speed", "memory", "growth", "head", "metrics"])
     parser.add_argument("--case", nargs="+", help="speed cases to run: micro-batch,share, e.g. 1,0.5 4,mix")
     parser.add_argument("--quick", action="store_true", help="one share, small vocabulary: shows that it runs")

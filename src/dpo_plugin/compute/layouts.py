@@ -29,6 +29,9 @@ On the tests' random models rounding in bf16 makes up to 0.02; pairs that see ea
 more.
 """
 
+LENGTH = 64
+"""Tokens that are enough of a pair without windows; they make the comparison cost less than a step."""
+
 FIRST = 100
 """Pairs of the data to choose from, unless long ones are looked for."""
 
@@ -79,12 +82,20 @@ def pairs_to_compare(rows: Iterable[Any], window: int | None) -> list[Any]:
         window: The fewest tokens that a layer of the model lets a token see; None if it sees all.
 
     Returns:
-        `PAIRS` of them, or as many as there are.
+        `PAIRS` of them, or as many as there are, cut to `LENGTH` tokens or as many beyond the window.
     """
     rows = list(rows) if window else list(islice(rows, FIRST))
     rows.sort(key=lambda row: (min(shared_segments(row)) < LEAST, sum(shared_segments(row))))
     long = [row for row in rows if window and max(map(len, sequences(row))) > window][:1]
-    return [*long, *[row for row in rows if row not in long][: PAIRS - len(long)]]
+    rest = [row for row in rows if row not in long][: PAIRS - len(long)]
+    return [_cut(row, LENGTH + (window or 0)) for row in long] + [_cut(row, LENGTH) for row in rest]
+
+
+def _cut(row: Any, length: int) -> dict[str, Any]:
+    """Take the end of a prompt and the beginnings of its answers, ``length`` tokens at most."""
+    answer = max(length // 2, length - len(row["prompt_ids"]))
+    sides = {side: row[side][:answer] for side in ("chosen_ids", "rejected_ids")}
+    return {"prompt_ids": row["prompt_ids"][-(length - max(map(len, sides.values()))) :], **sides}
 
 
 def smallest_window(config: Any) -> int | None:

@@ -7,7 +7,7 @@ import torch
 
 from dpo_plugin.compute import attention, lm_head
 from dpo_plugin.compute.attention import PairSegments
-from dpo_plugin.compute.batching import PairCollator, shared_segments, to_pair_batch
+from dpo_plugin.compute.batching import PairCollator, sequences, shared_segments, to_pair_batch
 from dpo_plugin.compute.layouts import compare_layouts, pairs_to_compare, rounding
 from dpo_plugin.compute.lm_head import ForwardOptions
 from dpo_plugin.compute.logps import completion_logps, run_model
@@ -200,10 +200,23 @@ def test_a_long_pair_is_compared_where_there_is_a_window():
     assert pairs_to_compare(rows, 1000) == short[:2]
 
 
+@pytest.mark.parametrize("row", [tiny.example(9, 900, 4), tiny.example(300, 20, 9), tiny.example(200, 200, 200)])
+def test_a_pair_is_cut_to_what_the_comparison_needs(row):
+    """The end of the prompt, the beginnings of the answers, and 64 tokens beyond the window."""
+    for window, length in ((50, 114), (None, 64)):
+        (cut,) = pairs_to_compare([row], window)
+        assert max(map(len, sequences(cut))) == length
+        assert row["prompt_ids"][-len(cut["prompt_ids"]) :] == cut["prompt_ids"]
+        assert all(row[side][: len(cut[side])] == cut[side] for side in ("chosen_ids", "rejected_ids"))
+
+
 def test_pairs_with_something_to_share_are_compared():
     nothing_shared = tiny.example(1, 2, 2)
     rows = [nothing_shared, tiny.example(30, 20, 9, seed=1), tiny.example(90, 20, 9, seed=1)]
-    assert pairs_to_compare(rows, None) == rows[1:]
+    found = pairs_to_compare(rows, None)
+    assert found[0] == rows[1]
+    assert found[1]["prompt_ids"] == rows[2]["prompt_ids"][-44:]
+    assert found[1]["chosen_ids"] == rows[2]["chosen_ids"]
     assert pairs_to_compare([nothing_shared], None) == [nothing_shared]
     assert min(shared_segments(nothing_shared)) < 4
 
