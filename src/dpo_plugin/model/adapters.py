@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dpo_plugin.errors import AdapterError
 from dpo_plugin.model.adapter_config import AdapterFolder, adapter_settings, check_fresh_init
-from dpo_plugin.model.target_parameters import as_attached, check_present
+from dpo_plugin.model.target_parameters import as_attached, check_present, whole_shapes
 
 # PEFT saves the adapter called "default" into the folder itself and any other into a folder of its own.
 POLICY = "default"
@@ -119,7 +119,8 @@ class PolicyReferenceModel(PeftModelForCausalLM):  # type: ignore[misc]
 
     def add_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter as PEFT does, and hold all of it in fp32."""
-        super().add_adapter(adapter_name, *args, **kwargs)
+        with whole_shapes():
+            super().add_adapter(adapter_name, *args, **kwargs)
         hold_in_fp32(self, adapter_name)
 
     def save_pretrained(
@@ -173,7 +174,8 @@ def attach(
 def _wrap(base: nn.Module, config: LoraConfig, folder: AdapterFolder | None) -> PolicyReferenceModel:
     config.inference_mode = False
     try:
-        model = PolicyReferenceModel(base, as_attached(config, base), adapter_name=POLICY)
+        with whole_shapes():
+            model = PolicyReferenceModel(base, as_attached(config, base), adapter_name=POLICY)
     except _PEFT_ERRORS as error:
         raise _misfit(folder, str(error)) from error
     hold_in_fp32(model, POLICY)

@@ -7,12 +7,14 @@ base share the wrappers, for which they must name the same parameters (peft 3350
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from torch import nn
+from torch import Tensor, nn
 
 from dpo_plugin.errors import AdapterError, ConfigError
 
@@ -40,6 +42,28 @@ def as_attached(settings: LoraConfig, base: nn.Module) -> LoraConfig:
     if settings.target_parameters:
         settings.lora_dropout = 0.0
     return settings
+
+
+@contextmanager
+def whole_shapes() -> Iterator[None]:
+    """Context in which PEFT can put adapters on parameters that ZeRO-3 has partitioned as they were loaded.
+
+    PEFT 0.20 and 0.21 size the LoRA by ``parameter.shape`` (tuners/lora/layer.py, ``_get_in_out_features``), which is
+    ``[0]`` under ``zero.Init``, and end in "tuple index out of range". One value seen in the whole shape stands in; no
+    weight is gathered. tests/unit/model/test_target_parameters.py fails when PEFT reads ``ds_shape`` itself.
+    """
+    theirs = ParamWrapper.get_param
+
+    def get_param(self: Any) -> Tensor:
+        parameter: Tensor = theirs(self)
+        whole = getattr(parameter, "ds_shape", parameter.shape)
+        return parameter if parameter.shape == whole else parameter.new_empty(1).expand(whole)
+
+    ParamWrapper.get_param = get_param
+    try:
+        yield
+    finally:
+        ParamWrapper.get_param = theirs
 
 
 def check_saved_parameters(config: Mapping[str, Any], key: str, folder: Any) -> None:
@@ -110,5 +134,8 @@ def check_present(names: Iterable[str] | None, base: nn.Module) -> None:
 
 def _own_parameters(module: nn.Module) -> dict[str, int]:
     """Names and dimensions of a module's own parameters, parametrised ones (4-bit experts) included."""
-    found = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
+    found = {
+        name: len(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in module.named_parameters(recurse=False)
+    }
     return found | dict.fromkeys(getattr(module, "parametrizations", ()), 3)
