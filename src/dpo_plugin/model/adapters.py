@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dpo_plugin.errors import AdapterError
 from dpo_plugin.model.adapter_config import AdapterFolder, adapter_settings, check_fresh_init
-from dpo_plugin.model.target_parameters import as_attached, check_present, whole_shapes
+from dpo_plugin.model.target_parameters import as_attached, check_expert_count, check_present, whole_shapes
 
 # PEFT saves the adapter called "default" into the folder itself and any other into a folder of its own.
 POLICY = "default"
@@ -161,6 +161,7 @@ def attach(
     if reference is not None:
         folders[REFERENCE] = reference
     for name, folder in folders.items():
+        check_expert_count(folder.config, folder.key, folder.path, model.config)
         _load(model, folder, name)
     for name, folder in folders.items():
         _check_attached(model, folder, name)

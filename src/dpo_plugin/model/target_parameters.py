@@ -7,13 +7,16 @@ base share the wrappers, for which they must name the same parameters (peft 3350
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from dpo_plugin.errors import AdapterError, ConfigError
@@ -81,6 +84,55 @@ def check_saved_parameters(config: Mapping[str, Any], key: str, folder: Any) -> 
             f"`{key}: {folder}` has target_parameters and `{found[0]}: {config[found[0]]}`, which PEFT does not load "
             "together. Save the adapter again."
         )
+
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""How configs of transformers 5 name the number of experts of a layer; many know the first as a second name."""
+
+
+def check_expert_count(config: Mapping[str, Any], key: str, folder: Path, base: Any) -> None:
+    """Check by its tensors' shapes that an adapter was trained on as many experts as the base model has.
+
+    Args:
+        config: Its ``adapter_config.json``.
+        key: The YAML key that names it.
+        folder: Its folder.
+        base: transformers' config of the base model.
+
+    Raises:
+        AdapterError: Naming both shapes, or both numbers where each expert has a LoRA of its own.
+    """
+    file, text = folder / "adapter_model.safetensors", base.get_text_config()
+    has = next(((name, n) for name in _EXPERTS if isinstance(n := getattr(text, name, None), int)), None)
+    if has is None or not file.is_file():
+        return
+    with safe_open(file, framework="pt") as tensors:
+        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    if (found := _other_experts(shapes, config, has[1])) is None:
+        return
+    trained_on = config.get("base_model_name_or_path")
+    raise AdapterError(
+        f"`{key}: {folder}` {found}, and the base model has `{has[0]}: {has[1]}`. It was trained on {trained_on}. "
+        f"Write: base_model: {trained_on}"
+    )
+
+
+def _other_experts(shapes: Mapping[str, list[int]], config: Mapping[str, Any], experts: int) -> str | None:
+    """What an adapter's shapes say of its experts, if there are not so many; None also where ranks differ."""
+    numbers = [int(one[1]) for name in shapes if (one := re.search(r"\.experts\.(\d+)\.", name))]
+    if numbers and (found := max(numbers) + 1) != experts:
+        return f"has a LoRA for each of {found} experts"
+    rank = int(config["r"])
+    for name, (rows, inside) in ((n, s) for n, s in shapes.items() if _ON_EXPERTS.search(n)):
+        if rows != rank * experts and not config.get("rank_pattern"):
+            return (
+                f"is on {rows // rank} experts: {name} is ({rows}, {inside}), of rank {rank}, where {experts} experts "
+                f"make it ({rank * experts}, {inside})"
+            )
+    return None
+
+
+_ON_EXPERTS = re.compile(r"\.experts(\.base_layer)*\.lora_A\.weight$")
 
 
 def check_fresh_parameters(cfg: Mapping[str, Any]) -> None:

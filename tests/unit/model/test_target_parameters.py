@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dpo_plugin.compute.batching import PairCollator, to_pair_batch
 from dpo_plugin.compute.logps import run_model
@@ -19,7 +19,7 @@ from dpo_plugin.model.adapter_config import (
     check_equal_parameters,
 )
 from dpo_plugin.model.adapters import POLICY, REFERENCE, adapter_digest, adapter_tensors, attach
-from dpo_plugin.model.target_parameters import check_fresh_parameters
+from dpo_plugin.model.target_parameters import check_expert_count, check_fresh_parameters
 from tests.support import tiny
 from tests.support.tiny import EXPERTS
 
@@ -199,6 +199,30 @@ def test_an_adapter_with_a_module_for_each_expert_is_taken_as_peft_converts_it(b
             torch.testing.assert_close(found, expected)
 
 
+def partition(base):
+    """Leave of each parameter what ``zero.Init`` leaves in ``data``: nothing, and its shape beside it."""
+    for parameter in base.parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, parameter.data[:0].flatten()
+    return base
+
+
+def test_adapters_have_the_shapes_of_experts_that_are_partitioned(pair):
+    """PEFT alone takes them from what is left on a rank; when it no longer does, `whole_shapes` can go."""
+    base_dir, policy_dir, _ = pair("experts")
+    with pytest.raises(IndexError, match="tuple index out of range"):
+        PeftModel(partition(base_of(base_dir)), LoraConfig.from_pretrained(str(policy_dir)))
+    folder = AdapterFolder.open(policy_dir, "lora_model_dir")
+    model = attach(partition(base_of(base_dir)), folder, folder)
+    file = load_peft_weights(str(policy_dir), device="cpu")
+    for name in (POLICY, REFERENCE):
+        found = adapter_tensors(model, name)
+        assert found.keys() == file.keys()
+        assert all(torch.equal(found[key], file[key]) for key in file)
+    fresh = LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.nothing"])
+    with pytest.raises(ConfigError, match=r"Write: lora_target_parameters: \[mlp.experts.down_proj, mlp.experts.gate"):
+        attach(partition(base_of(base_dir)), fresh, None)
+
+
 class TestSettings:
     def test_the_order_of_names_changes_nothing(self):
         """PEFT makes a set of the list, whose order differs between processes."""
@@ -270,3 +294,31 @@ class TestSettings:
         check_equal_parameters(policy, None, policy)
         check_equal_parameters(None, EXPERTS[::-1], policy)
         check_equal_parameters(None, None, reference)
+
+    @pytest.mark.parametrize("kind", ["experts", "experts and modules", "one parameter", "rslora", "router"])
+    @pytest.mark.parametrize("name", ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"])
+    def test_as_many_experts_as_the_base_has(self, pair, kind, name):
+        _, folder, _ = pair(kind)
+        opened, base = AdapterFolder.open(folder, "lora_model_dir"), PreTrainedConfig(**{name: 4})
+        check_expert_count(opened.config, "lora_model_dir", opened.path, base)
+        check_expert_count(opened.config, "lora_model_dir", opened.path, PreTrainedConfig())
+
+    @pytest.mark.parametrize("base", tiny.MOE)
+    def test_another_number_of_experts_is_refused_with_both_shapes(self, bases, tmp_path, base):
+        folder = tiny.save_adapter(bases[base], tmp_path / "four", **KINDS["experts and modules"])
+        config = tiny.moe_config(base)
+        config.num_experts = 8
+        opened = AdapterFolder.open(folder, "dpo_plugin.reference.adapter_dir")
+        with pytest.raises(AdapterError) as error:
+            check_expert_count(opened.config, opened.key, opened.path, config)
+        for part in (f"`{opened.key}: {folder}` is on 4 experts", "is (32, ", "make it (64, ", "`num_experts: 8`"):
+            assert part in str(error.value)
+        assert str(error.value).endswith(f"Write: base_model: {bases[base]}")
+
+    def test_another_number_of_experts_with_a_lora_each(self, tmp_path):
+        keys = [f"base_model.model.model.layers.0.mlp.experts.{number}.up_proj" for number in range(3)]
+        save_file({f"{key}.lora_A.weight": torch.ones(4, 64) for key in keys}, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(AdapterError, match=r"has a LoRA for each of 3 experts, and .* `num_experts: 4`.*base: x$"):
+            check_expert_count(
+                {"r": 4, "base_model_name_or_path": "base: x"}, "key", tmp_path, tiny.moe_config("qwen3_moe")
+            )
