@@ -7,6 +7,9 @@ import subprocess
 import pytest
 import torch
 import yaml
+from axolotl.loaders.model import ModelLoader
+from axolotl.monkeypatch import moe_quant
+from bitsandbytes.nn.parametrize import Bnb4bitParametrization, replace_parameter_4bit
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -37,6 +40,14 @@ def expert_sft_dir(moe_dir, tmp_path_factory):
 
 
 @pytest.fixture
+def sft_of(moe_dir, expert_sft_dir, tmp_path):
+    """The SFT adapter on experts, or one on attention alone."""
+    return lambda on_experts: (
+        expert_sft_dir if on_experts else tiny.save_adapter(moe_dir, tmp_path / "sft", target_modules=MODULES)
+    )
+
+
+@pytest.fixture
 def config(moe_dir, expert_sft_dir, tmp_path):
     """The YAML of SFT with the lines of DPO; the host patches PEFT's injection for ``lora_target_parameters``."""
 
@@ -49,6 +60,32 @@ def config(moe_dir, expert_sft_dir, tmp_path):
         return dpo_config(moe_dir, tmp_path / output, **{**lora, "save_strategy": "no", "save_steps": None, **settings})
 
     return write
+
+
+@pytest.fixture
+def four_bit_experts(monkeypatch):
+    """Let ``quantize_moe_experts`` do on a CPU what it does on a GPU.
+
+    The host quantises what it loads if that is on a GPU, and nothing elsewhere (axolotl 0.19 to 0.21,
+    monkeypatch/moe_quant.py, ``_patched_set_param_for_module``); here the same is done once all is loaded.
+    """
+    load = ModelLoader._load_model_from_pretrained
+
+    def load_in_four_bits(self, *args):
+        self.model_kwargs["device_map"] = {"": "cpu"}  # GPU 0 otherwise
+        return quantise_experts(load(self, *args))
+
+    monkeypatch.setattr(ModelLoader, "_load_model_from_pretrained", load_in_four_bits)
+
+
+def quantise_experts(model):
+    for path, module in list(model.named_modules()):
+        if path.endswith(".experts"):
+            names = [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
+            moe_quant._moe_load_state["expert_param_order"][path] = list(module._parameters)
+            for name in names:
+                replace_parameter_4bit(module, name, compress_statistics=True, quant_type="nf4")
+    return model
 
 
 def logits(model):
@@ -102,6 +139,33 @@ def test_resume_and_checkpointing_change_nothing(config, tmp_path):
     )
     expected = adapter_file(whole)
     assert all(torch.equal(value, expected[key]) for key, value in adapter_file(resumed).items())
+
+
+FOUR_BITS = {"adapter": "qlora", "load_in_4bit": True, "quantize_moe_experts": True}
+
+
+@pytest.mark.parametrize("on_experts", [True, False])
+def test_experts_in_four_bits(config, sft_of, moe_dir, tmp_path, four_bit_experts, on_experts):
+    sft = sft_of(on_experts)
+    saves = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "lora_model_dir": str(sft), **FOUR_BITS}
+    saves |= {} if on_experts else {"lora_target_parameters": None}
+    run = host.train(config("whole", **saves), tmp_path / "a")
+    model = run.trainer.model
+    quantised = [m for m in model.modules() if isinstance(m, Bnb4bitParametrization)]
+    assert len(quantised) == 4  # two parameters in each of two layers
+    assert run.lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    start, saved = load_file(sft / "adapter_model.safetensors"), adapter_file(run)
+    assert saved.keys() == start.keys()
+    assert not any(torch.equal(saved[key], start[key]) for key in start)
+    reference = adapter_tensors(model, REFERENCE)
+    assert all(torch.equal(reference[key], value) for key, value in start.items())
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(moe_dir), str(run.output_dir))
+    result = plain.load_adapter(str(run.output_dir), "again")
+    assert not result.missing_keys + result.unexpected_keys
+    resumed = host.train(
+        config("whole", **saves, resume_from_checkpoint=str(run.output_dir / "checkpoint-2")), tmp_path / "b"
+    )
+    assert all(torch.equal(value, saved[key]) for key, value in adapter_file(resumed).items())
 
 
 @pytest.mark.parametrize("kind", tiny.MOE)

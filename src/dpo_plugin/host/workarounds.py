@@ -51,7 +51,8 @@ def share_parameter_wrappers() -> None:
 
     With ``lora_target_parameters``, axolotl 0.19 to 0.21 replaces PEFT's ``_inject_parameters`` by a copy that is older
     than peft 3350 (monkeypatch/moe_quant.py), and the reference comes to lie inside the policy's wrappers, where its
-    tensors have other keys than in its file. tests/integration/test_expert_adapters.py fails without this.
+    tensors have other keys than in its file. Experts in 4 bits it does not find within wrappers, and the reference gets
+    none of them. tests/integration/test_expert_adapters.py fails without either.
     """
     theirs = LoraModel._create_and_replace
 
@@ -64,9 +65,25 @@ def share_parameter_wrappers() -> None:
             while isinstance(wrapper, ParamWrapper) and wrapper.parameter_name != parameter_name:
                 wrapper = wrapper.base_layer
             target = wrapper if isinstance(wrapper, ParamWrapper) else target
+            current_key = f"{owner}.{parameter_name}"
         theirs(self, config, adapter, target, *rest, current_key=current_key, parameter_name=parameter_name)
 
+    def _inject_parameters(self: Any, peft_config: Any, model: nn.Module, **kwargs: Any) -> Any:
+        asked = peft_config.target_parameters
+        wrapped = [
+            f"{path}.{name}"
+            for path, module in model.named_modules()
+            for name in getattr(module, "parametrizations", ())
+            if f".{path}.{name}".replace(".base_layer", "").endswith(tuple(f".{one}" for one in asked))
+        ]
+        peft_config.target_parameters = [*asked, *wrapped]
+        try:
+            return super(LoraModel, self)._inject_parameters(peft_config=peft_config, model=model, **kwargs)
+        finally:
+            peft_config.target_parameters = asked
+
     LoraModel._create_and_replace = _create_and_replace
+    LoraModel._inject_parameters = _inject_parameters
 
 
 def ignore_deprecated_collectives() -> None:
