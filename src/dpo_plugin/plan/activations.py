@@ -116,12 +116,13 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass
 class PlannedModel:
-    """A model to plan for; the arguments are those of `on_meta`."""
+    """A model to plan for; the arguments are those of `on_meta` and `count`."""
 
     config: Any
     adapters: Mapping[str, LoraConfig]
     dtype: torch.dtype
     trust: bool = False
+    four_bit_experts: bool = False
     sizes: Sizes = field(init=False)
     _known: dict[tuple[Step, int], Activations] = field(init=False, default_factory=dict, repr=False)
 
@@ -129,7 +130,8 @@ class PlannedModel:
         base = on_meta(self.config, {}, self.dtype, self.trust)
         for settings in self.adapters.values():
             check_targets(settings, base)
-        self.sizes = count(base, on_meta(self.config, self.adapters, self.dtype, self.trust) if self.adapters else base)
+        model = on_meta(self.config, self.adapters, self.dtype, self.trust) if self.adapters else base
+        self.sizes = count(base, model, self.four_bit_experts)
 
     def activations(self, step: Step, layers: int | None = None) -> Activations:
         """Bytes of a step, extrapolated from `DEPTHS` to all layers of the model, or to ``layers``."""

@@ -27,6 +27,7 @@ class PlanInput:
         stays_fp32: Whether they stay so until the trainer is made, as in full fine-tuning on one GPU or DDP.
         masters: Whether the optimizer's fp32 master weights are ours, as in full fine-tuning in bf16.
         second_model: Whether the reference is a model of its own.
+        checkpointed: Whether decoder layers run again in backward.
     """
 
     ranks: int
@@ -40,6 +41,7 @@ class PlanInput:
     stays_fp32: bool = False
     masters: bool = False
     second_model: bool = False
+    checkpointed: bool = True
 
     def states(self, values: int, width: float) -> int:
         """Optimizer-state bytes for ``values`` parameters of ``width`` bytes."""
@@ -117,8 +119,13 @@ def linear_bytes(sizes: Sizes, given: PlanInput) -> tuple[int, int]:
 
 
 def one_in_full(sizes: Sizes, given: PlanInput) -> int:
-    """Count bytes of the largest quantised weight in full, as backward makes it (bitsandbytes, MatMul4Bit.backward)."""
-    return max(sizes.linear) * given.width if given.bits else 0
+    """Count bytes of the largest quantised weight in full, as backward makes it (bitsandbytes, MatMul4Bit.backward).
+
+    Experts' weights are made in full in the forward, and backward needs them: of one layer where layers are
+    checkpointed, else of all (bitsandbytes, nn/parametrize.py).
+    """
+    experts = sizes.layer_experts * (1 if given.checkpointed else sizes.layers)
+    return max(*sizes.linear, experts) * given.width if given.bits else 0
 
 
 def load_whole(sizes: Sizes, given: PlanInput, upcast: bool) -> int:
@@ -130,7 +137,7 @@ def load_whole(sizes: Sizes, given: PlanInput, upcast: bool) -> int:
     base = sum(linear_bytes(sizes, given)) + sum(sizes.other) * given.width
     wider = sum(sizes.other) * (4 - given.width) + max(sizes.other) * given.width if upcast and given.width < 4 else 0
     adapters = 4 * (sum(sizes.policy) + sum(sizes.reference))
-    return base + max(one_in_full(sizes, given), wider, adapters)
+    return base + max(max(sizes.linear) * given.width * bool(given.bits), wider, adapters)
 
 
 def ddp(sizes: Sizes, given: PlanInput) -> EngineBytes:

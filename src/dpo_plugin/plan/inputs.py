@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from dpo_plugin.compute import attention
 from dpo_plugin.config import ComputeConfig, ReferenceConfig
-from dpo_plugin.engines.config import SHIPPED, EngineSettings, check_fsdp, offloads
+from dpo_plugin.engines.config import SHIPPED, EngineSettings, check_fsdp, fsdp_keys, offloads
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.model.adapters import POLICY, REFERENCE
 from dpo_plugin.model.references import ReferenceStrategy, strategy_name
@@ -181,6 +181,7 @@ def plan_input(
         stays_fp32=column == "ddp" and full and half(cfg) and plain,
         masters=compute.master_weights and full and column in ("ddp", "fsdp2") and in_bf16(cfg),
         second_model=full and reference_strategy(cfg, reference).needs_second_model,
+        checkpointed=bool(cfg.get("gradient_checkpointing") or fsdp_keys(cfg).get("activation_checkpointing")),
     )
 
 

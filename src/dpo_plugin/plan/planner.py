@@ -96,10 +96,11 @@ class Planner:
         """The model of a variant, built once."""
         adapters = inputs.adapter_configs(cfg, self.reference)
         dtype = torch.bfloat16 if inputs.half(cfg) else torch.float32
+        flags = bool(cfg.get("trust_remote_code")), bool(cfg.get("quantize_moe_experts"))
         key = repr((dtype, adapters))
         if key not in self._models:
             try:
-                self._models[key] = PlannedModel(self.config, adapters, dtype, bool(cfg.get("trust_remote_code")))
+                self._models[key] = PlannedModel(self.config, adapters, dtype, *flags)
             except (ValueError, RuntimeError, ImportError) as error:
                 raise ConfigError(
                     f"`base_model: {cfg.get('base_model')}` with these LoRA settings cannot be built: {error} "

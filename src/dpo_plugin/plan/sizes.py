@@ -26,7 +26,7 @@ class Sizes:
     """Values per parameter.
 
     Attributes:
-        linear: Weights that bitsandbytes quantises: every linear layer but the head.
+        linear: Weights that bitsandbytes quantises: every linear layer but the head, and experts if they are asked for.
         rows: Output features of all of them.
         other: The rest of the base model: embeddings, norms, biases, head.
         policy: The policy adapter; empty for full fine-tuning.
@@ -35,6 +35,7 @@ class Sizes:
         layer_linear: Values of one decoder layer that are in ``linear``.
         layer_other: The same in ``other``.
         layer_class: Name of the decoder layer's class.
+        layer_experts: Values of one decoder layer's experts, if they are in ``linear``.
     """
 
     linear: tuple[int, ...]
@@ -46,6 +47,7 @@ class Sizes:
     layer_linear: int
     layer_other: int
     layer_class: str
+    layer_experts: int = 0
 
     @property
     def trained(self) -> int:
@@ -78,15 +80,19 @@ def on_meta(config: Any, adapters: Mapping[str, LoraConfig], dtype: torch.dtype,
     return model
 
 
-def count(base: Any, model: Any) -> Sizes:
-    """Count a base model and the adapters of ``model``, which is the same base with or without adapters."""
-    quantised = {id(module.weight) for module in quantisable(base)}
+def count(base: Any, model: Any, four_bit_experts: bool = False) -> Sizes:
+    """Count a base model and the adapters of ``model``, which is the same base with or without adapters.
+
+    With ``four_bit_experts``, axolotl's ``quantize_moe_experts``, experts are quantised as linear layers are.
+    """
+    experts = {id(p) for p in _experts(base)} if four_bit_experts else set()
+    quantised = experts | {id(module.weight) for module in quantisable(base)}
     lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
     layers = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
     adapters = [] if model is base else [(f"{name}.", p.numel()) for name, p in model.adapter_parameters()]
     return Sizes(
         linear=tuple(p.numel() for p in base.parameters() if id(p) in quantised),
-        rows=sum(p.shape[0] for p in base.parameters() if id(p) in quantised),
+        rows=sum(p.numel() // p.shape[-1] for p in base.parameters() if id(p) in quantised),
         other=tuple(p.numel() for p in base.parameters() if id(p) not in quantised),
         policy=tuple(size for name, size in adapters if f".{POLICY}." in name),
         reference=tuple(size for name, size in adapters if f".{REFERENCE}." in name),
@@ -94,7 +100,13 @@ def count(base: Any, model: Any) -> Sizes:
         layer_linear=sum(p.numel() for p in layers[-1].parameters() if id(p) in quantised),
         layer_other=sum(p.numel() for p in layers[-1].parameters() if id(p) not in quantised),
         layer_class=type(layers[-1]).__name__,
+        layer_experts=sum(p.numel() for p in layers[-1].parameters() if id(p) in experts),
     )
+
+
+def _experts(base: Any) -> list[nn.Parameter]:
+    """The parameters that axolotl 0.19 to 0.21 takes for experts (monkeypatch/moe_quant.py)."""
+    return [p for name, p in base.named_parameters() if p.ndim >= 3 and "expert" in name.lower()]
 
 
 def quantisable(base: Any) -> list[Any]:

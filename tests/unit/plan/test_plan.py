@@ -120,6 +120,54 @@ def test_adapters_on_experts_are_counted_and_take_activations(settings, trained)
         )
 
 
+def test_experts_in_four_bits_are_quantised_weights():
+    """Per layer: q and o (64, 64), k and v (64, 32); 4 experts of (2 · 48, 64) and (64, 48), 73,728 values.
+
+    In 4 bits a value is half a byte, and 64 of them have a byte of scale, 64 · 256 another 4 bytes. A layer's experts
+    are in full at a time, or those of both layers where none runs again.
+    """
+    plain, four = (
+        PlannedModel(moe_config("qwen3_moe"), {POLICY: LORA}, torch.bfloat16, four_bit_experts=four).sizes
+        for four in (False, True)
+    )
+    attention_values, experts = 2 * (2 * 64 * 64 + 2 * 64 * 32), 2 * 4 * (96 * 64 + 64 * 48)
+    assert (sum(plain.linear), sum(four.linear)) == (attention_values, attention_values + experts)
+    assert sum(plain.other) - sum(four.other) == experts
+    assert (plain.layer_experts, four.layer_experts) == (0, 36_864)
+    assert four.layer_linear - plain.layer_linear == plain.layer_other - four.layer_other == 36_864
+    assert four.rows - plain.rows == 2 * 4 * (96 + 64)
+    weights, states = sharding.linear_bytes(four, QLORA)
+    assert weights == (attention_values + experts) // 2
+    assert states - sharding.linear_bytes(plain, QLORA)[1] == experts // 64 + 4 * 2 * (2 + 1)
+    assert sharding.one_in_full(four, QLORA) == 2 * 36_864
+    assert sharding.one_in_full(four, replace(QLORA, checkpointed=False)) == 2 * 2 * 36_864
+    assert sharding.one_in_full(plain, QLORA) == 2 * 64 * 64
+    saved = (
+        sharding.zero3(plain, QLORA, Zero3(persistence=0)).parts,
+        sharding.zero3(four, QLORA, Zero3(persistence=0)).parts,
+    )
+    assert saved[0]["base weights"] - saved[1]["base weights"] == experts * 2 // 4 - experts // 2 // 4 - (
+        experts // 64 + 24
+    )
+
+
+def test_the_yaml_asks_for_experts_in_four_bits(tmp_path):
+    folder = tmp_path / "moe"
+    moe_config("qwen3_moe").save_pretrained(folder)
+    cfg = {"rl": "dpo", "base_model": str(folder), "adapter": "qlora", "load_in_4bit": True, "bf16": True, "lora_r": 8}
+    cfg |= {"lora_target_modules": ["q_proj"], "gradient_checkpointing": True}
+    plans = [
+        make_plan({**cfg, "quantize_moe_experts": four}, "x.yaml", 2, 80, 64)["engines"]["zero3"]
+        for four in (False, True)
+    ]
+    assert plans[1]["load_gib"] <= plans[0]["load_gib"]
+    models = [
+        Planner({**cfg, "quantize_moe_experts": four}, "x.yaml", Machine(2, 80 * GIB, 64 * GIB))
+        for four in (False, True)
+    ]
+    assert [one.model(one.cfg).sizes.layer_experts for one in models] == [0, 36_864]
+
+
 def test_the_yaml_of_an_adapter_on_experts():
     cfg = {"adapter": "lora", "lora_r": 8, "lora_target_parameters": EXPERTS}
     [planned] = adapter_configs(cfg, ReferenceConfig()).values()
