@@ -1,5 +1,6 @@
 """Whole runs on the parameters of experts: from an SFT adapter, resumed, merged, and counted by the plan."""
 
+import functools
 import math
 import os
 import subprocess
@@ -7,9 +8,9 @@ import subprocess
 import pytest
 import torch
 import yaml
-from axolotl.loaders.model import ModelLoader
-from axolotl.monkeypatch import moe_quant
-from bitsandbytes.nn.parametrize import Bnb4bitParametrization, replace_parameter_4bit
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -22,6 +23,7 @@ from dpo_plugin.model.adapters import REFERENCE, adapter_tensors
 from dpo_plugin.plan.activations import PlannedModel
 from dpo_plugin.plan.inputs import adapter_configs, model_config
 from tests.support import host, tiny
+from tests.support.four_bit_experts import quantise_on_cpu
 from tests.support.tiny import EXPERTS, ROOT, dpo_config
 
 IDS = torch.arange(5, 45).reshape(2, 20)
@@ -64,33 +66,25 @@ def config(moe_dir, expert_sft_dir, tmp_path):
 
 @pytest.fixture
 def four_bit_experts(monkeypatch):
-    """Let ``quantize_moe_experts`` do on a CPU what it does on a GPU.
-
-    The host quantises what it loads if that is on a GPU, and nothing elsewhere (axolotl 0.19 to 0.21,
-    monkeypatch/moe_quant.py, ``_patched_set_param_for_module``); here the same is done once all is loaded.
-    """
-    load = ModelLoader._load_model_from_pretrained
-
-    def load_in_four_bits(self, *args):
-        self.model_kwargs["device_map"] = {"": "cpu"}  # GPU 0 otherwise
-        return quantise_experts(load(self, *args))
-
-    monkeypatch.setattr(ModelLoader, "_load_model_from_pretrained", load_in_four_bits)
-
-
-def quantise_experts(model):
-    for path, module in list(model.named_modules()):
-        if path.endswith(".experts"):
-            names = [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
-            moe_quant._moe_load_state["expert_param_order"][path] = list(module._parameters)
-            for name in names:
-                replace_parameter_4bit(module, name, compress_statistics=True, quant_type="nf4")
-    return model
+    quantise_on_cpu(monkeypatch.setattr)
 
 
 def logits(model):
     with torch.no_grad():
         return model.eval()(IDS).logits
+
+
+def dequantised(dense, quantised):
+    """The base with the values of its 4-bit weights, for PEFT alone."""
+    kept = {name.replace(".base_layer", ""): module for name, module in quantised.named_modules()}
+    for name, parameter in dense.named_parameters():
+        path, _, last = name.rpartition(".")
+        module = kept[path]
+        if isinstance(module, Linear4bit):
+            parameter.data = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        elif hasattr(module, "parametrizations"):
+            parameter.data = getattr(module, last).data
+    return dense
 
 
 def adapter_file(run):
@@ -141,6 +135,34 @@ def test_resume_and_checkpointing_change_nothing(config, tmp_path):
     assert all(torch.equal(value, expected[key]) for key, value in adapter_file(resumed).items())
 
 
+FRESH = {"lora_model_dir": None, "lora_target_modules": None, "lora_target_parameters": None}
+
+
+@pytest.mark.parametrize(
+    ("asked", "trains"),
+    [
+        ({}, False),
+        ({**FRESH, "lora_target_linear": True}, False),
+        ({**FRESH, "lora_target_parameters": ["mlp.gate.weight"]}, True),
+        ({**FRESH, "lora_target_modules": MODULES, "lora_modules_to_save": ["gate"]}, True),
+    ],
+)
+def test_routers_are_trained_only_if_they_are_asked_for(config, moe_dir, tmp_path, asked, trains):
+    """Without, both adapters have the base's; whatever is asked for, the base's own stay as they are."""
+    model = host.train(config(**asked), tmp_path).trainer.model
+    adapters = {name for name, _ in model.adapter_parameters()}
+    routers = {name for name in adapters if ".mlp.gate." in name}
+    assert bool(routers) == trains
+    assert routers <= {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    base = {name: value for name, value in load_file(moe_dir / "model.safetensors").items() if ".mlp.gate." in name}
+    wrapped = ("base_model.model.", "base_layer.", "original_module.")
+    for name, value in model.named_parameters():
+        own = functools.reduce(lambda left, part: left.replace(part, ""), wrapped, name)
+        if name not in adapters and own in base:
+            assert torch.equal(value, base.pop(own))
+    assert not base
+
+
 FOUR_BITS = {"adapter": "qlora", "load_in_4bit": True, "quantize_moe_experts": True}
 
 
@@ -159,23 +181,27 @@ def test_experts_in_four_bits(config, sft_of, moe_dir, tmp_path, four_bit_expert
     assert not any(torch.equal(saved[key], start[key]) for key in start)
     reference = adapter_tensors(model, REFERENCE)
     assert all(torch.equal(reference[key], value) for key, value in start.items())
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(moe_dir), str(run.output_dir))
-    result = plain.load_adapter(str(run.output_dir), "again")
+    dense = dequantised(AutoModelForCausalLM.from_pretrained(moe_dir), model.get_base_model())
+    alone = PeftModel.from_pretrained(dense, str(run.output_dir))
+    result = alone.load_adapter(str(run.output_dir), "again")
     assert not result.missing_keys + result.unexpected_keys
+    torch.testing.assert_close(logits(alone), logits(model), rtol=0, atol=1e-5)
     resumed = host.train(
         config("whole", **saves, resume_from_checkpoint=str(run.output_dir / "checkpoint-2")), tmp_path / "b"
     )
     assert all(torch.equal(value, saved[key]) for key, value in adapter_file(resumed).items())
 
 
-@pytest.mark.parametrize("kind", tiny.MOE)
-def test_merge_lora_merges_what_was_trained(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "more"), [*((kind, {}) for kind in tiny.MOE), ("qwen3_moe", FOUR_BITS)])
+def test_merge_lora_merges_what_was_trained(tmp_path, kind, more):
     """The host alone leaves the experts out of it, with a warning: 0.19 for both kinds, 0.21 for Mixtral."""
     base_dir = tiny.save_moe(kind, tmp_path / "base")
     settings = {"target_modules": MODULES, "target_parameters": EXPERTS}
     trained = tiny.save_adapter(base_dir, tmp_path / "out", **settings)
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(dpo_config(base_dir, trained, lora_target_modules=MODULES)), encoding="utf-8")
+    file.write_text(
+        yaml.safe_dump(dpo_config(base_dir, trained, lora_target_modules=MODULES, **more)), encoding="utf-8"
+    )
     done = subprocess.run(
         ["axolotl", "merge-lora", str(file)],
         capture_output=True,

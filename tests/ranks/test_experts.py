@@ -1,4 +1,7 @@
-"""Two adapters on attention and experts of a mixture, on two ranks: one process's curve, adapter and reference."""
+"""Two adapters on attention and experts of a mixture, on two ranks: one process's curve, adapter and reference.
+
+Names end in the base's precision: experts stay in 16 bits under ``nf4``, and are in 4 bits under ``nf4e``.
+"""
 
 import json
 import math
@@ -15,11 +18,15 @@ from tests.support.cpu_ranks import launch
 
 STEPS = 6
 MODULES = ["q_proj", "v_proj"]
+LAYERS = {"fsdp_config": {"transformer_layer_cls_to_wrap": "Qwen3MoeDecoderLayer"}}
+FOUR_BITS = {"quantize_moe_experts": True}
 ENGINES = {
     "zero3-bf16": ("zero3-nf4", BF16),
     "zero3-nf4": ("zero3-nf4", {}),
-    "fsdp2-bf16": ("fsdp2-bf16", {"fsdp_config": {"transformer_layer_cls_to_wrap": "Qwen3MoeDecoderLayer"}}),
-    "fsdp2-nf4": ("fsdp2-nf4", {"fsdp_config": {"transformer_layer_cls_to_wrap": "Qwen3MoeDecoderLayer"}}),
+    "zero3-nf4e": ("zero3-nf4", FOUR_BITS),
+    "fsdp2-bf16": ("fsdp2-bf16", LAYERS),
+    "fsdp2-nf4": ("fsdp2-nf4", LAYERS),
+    "fsdp2-nf4e": ("fsdp2-nf4", {**LAYERS, **FOUR_BITS}),
 }
 CORE = ("zero3-bf16", "fsdp2-bf16")
 
@@ -45,14 +52,15 @@ def train(name, moe, sft, folder, ranks=2, **settings):
     if cfg.get("deepspeed"):
         cfg["deepspeed"] = json.loads((tiny.ROOT / cfg["deepspeed"]).read_text(encoding="utf-8"))
         cfg["deepspeed"]["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    run = launch(cfg, folder, ranks)
+    quantises = ("tests.support.four_bit_experts.FourBitExperts",) if cfg.get("quantize_moe_experts") else ()
+    run = launch(cfg, folder, ranks, more_plugins=quantises)
     assert run.returncode == 0, run.error()
     return run
 
 
 @pytest.fixture(scope="module")
 def alone(moe, sft, tmp_path_factory):
-    """One process with the same global batch, in 4 bit and in bf16."""
+    """One process with the same global batch, in each precision."""
     found = {}
 
     def run(name):
@@ -116,9 +124,8 @@ def test_what_is_saved_loads_into_peft_with_no_key_missing(run, moe, sft):
     assert all(torch.equal(loaded[key.replace(".weight", ".default.weight")], value) for key, value in saved.items())
 
 
+@pytest.mark.parametrize("name", CORE, indirect=True)
 def test_a_resumed_run_goes_on_along_the_curve(name, run, alone, moe, sft, tmp_path):
-    if name not in CORE:
-        pytest.skip("the engine is resumed in bf16")
     settings = {
         "resume_from_checkpoint": str(run.output_dir / f"checkpoint-{STEPS // 2}"),
         "save_strategy": "no",
