@@ -31,12 +31,15 @@ def quantise_on_cpu(put: Put = setattr) -> None:
         if "device_map" in self.model_kwargs:
             self.model_kwargs["device_map"] = {"": "cpu"}
         model = load(self, *args)
+        quantised = 0
         for path, module in list(model.named_modules()):
             names = [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
             if names:
                 moe_quant._moe_load_state["expert_param_order"][path] = list(module._parameters)
             for name in names:
                 replace_parameter_4bit(module, name, compress_statistics=True, quant_type="nf4")
+            quantised += len(names)
+        assert quantised, "the model has no experts"
         return model
 
     put(ModelLoader, "_load_model_from_pretrained", load_in_four_bits)
