@@ -52,7 +52,7 @@ test-newest:  ## the same with the newest trl, peft and transformers, whatever a
 	-$(MAKE) test-core VENV=.venv-newest
 	-.venv-newest/bin/pip list | grep --extended-regexp "^(axolotl|peft|torch|transformers|trl) "
 
-models: install  ## measure every architecture and write docs/models.md (about 40 minutes)
+models: install  ## measure every architecture and write docs/models.md (about 25 minutes)
 	OMP_NUM_THREADS=1 python -m tests.models
 
 unit: install  ## the fast tests alone

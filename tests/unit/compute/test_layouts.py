@@ -13,6 +13,7 @@ from dpo_plugin.compute.lm_head import ForwardOptions
 from dpo_plugin.compute.logps import completion_logps, run_model
 from tests.support import tiny
 from tests.support.architectures import ARCHITECTURES, CHUNK, WITH_STATE, make_config, make_model
+from tests.support.tiny import ROOT
 
 PAIRS = [tiny.example(9, 6, 8, 3), tiny.example(4, 12, 5, seed=1), tiny.example(15, 2, 2, 1, seed=2)]
 
@@ -240,3 +241,13 @@ def test_the_routers_loss_is_that_of_the_model_over_two_rows(kind, flat):
     assert slope.norm() > 0
     assert (got - slope).norm() / slope.norm() <= 1e-5
     assert run_model(model, batch_of(flat)).router_aux is None
+
+
+def test_the_page_of_models_says_the_same():
+    """docs/models.md is written by ``make models``; what a flat row can do is tested here."""
+    lines = (ROOT / "docs/models.md").read_text("utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    flat = {name.strip("`"): cell for name, cell, *_ in rows}
+    assert list(flat) == list(ARCHITECTURES)
+    for kind, cell in flat.items():
+        assert NOT_FLAT[kind] in cell if kind in NOT_FLAT else cell.startswith("✓"), kind
