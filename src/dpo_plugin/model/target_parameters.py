@@ -51,9 +51,9 @@ def as_attached(settings: LoraConfig, base: nn.Module) -> LoraConfig:
 def whole_shapes() -> Iterator[None]:
     """Context in which PEFT can put adapters on parameters that ZeRO-3 has partitioned as they were loaded.
 
-    PEFT 0.20 and 0.21 size the LoRA by ``parameter.shape`` (tuners/lora/layer.py, ``_get_in_out_features``), which is
-    ``[0]`` under ``zero.Init``, and end in "tuple index out of range". One value seen in the whole shape stands in; no
-    weight is gathered. tests/unit/model/test_target_parameters.py fails when PEFT reads ``ds_shape`` itself.
+    PEFT 0.20 sizes the LoRA by ``parameter.shape`` (tuners/lora/layer.py, ``_get_in_out_features``), which is ``[0]``
+    under ``zero.Init``, and ends in "tuple index out of range"; 0.21 reads ``ds_shape``. One value seen in the whole
+    shape stands in; no weight is gathered. tests/unit/model/test_target_parameters.py says which PEFT needs it.
     """
     theirs = ParamWrapper.get_param
 

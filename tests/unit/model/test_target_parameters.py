@@ -1,9 +1,12 @@
 """Two adapters on the parameters of experts, with PEFT and one adapter as oracle."""
 
 import json
+from contextlib import nullcontext
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel
 from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import save_file
@@ -207,9 +210,10 @@ def partition(base):
 
 
 def test_adapters_have_the_shapes_of_experts_that_are_partitioned(pair):
-    """PEFT alone takes them from what is left on a rank; when it no longer does, `whole_shapes` can go."""
+    """PEFT 0.20 alone takes them from what is left on a rank; once no host has it, `whole_shapes` can go."""
     base_dir, policy_dir, _ = pair("experts")
-    with pytest.raises(IndexError, match="tuple index out of range"):
+    needed = Version(peft.__version__) < Version("0.21")
+    with pytest.raises(IndexError, match="tuple index out of range") if needed else nullcontext():
         PeftModel(partition(base_of(base_dir)), LoraConfig.from_pretrained(str(policy_dir)))
     folder = AdapterFolder.open(policy_dir, "lora_model_dir")
     model = attach(partition(base_of(base_dir)), folder, folder)
