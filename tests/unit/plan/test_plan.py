@@ -156,11 +156,6 @@ def test_the_yaml_asks_for_experts_in_four_bits(tmp_path):
     moe_config("qwen3_moe").save_pretrained(folder)
     cfg = {"rl": "dpo", "base_model": str(folder), "adapter": "qlora", "load_in_4bit": True, "bf16": True, "lora_r": 8}
     cfg |= {"lora_target_modules": ["q_proj"], "gradient_checkpointing": True}
-    plans = [
-        make_plan({**cfg, "quantize_moe_experts": four}, "x.yaml", 2, 80, 64)["engines"]["zero3"]
-        for four in (False, True)
-    ]
-    assert plans[1]["load_gib"] <= plans[0]["load_gib"]
     models = [
         Planner({**cfg, "quantize_moe_experts": four}, "x.yaml", Machine(2, 80 * GIB, 64 * GIB))
         for four in (False, True)
