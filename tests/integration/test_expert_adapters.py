@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dpo_plugin.config import ReferenceConfig
-from dpo_plugin.errors import ConfigError
+from dpo_plugin.errors import AdapterError, ConfigError
 from dpo_plugin.host.settings import read_settings
 from dpo_plugin.host.yaml_keys import typed
 from dpo_plugin.model.adapters import REFERENCE, adapter_tensors
@@ -224,3 +224,27 @@ def test_settings_that_the_config_alone_refuses(config, moe_dir, tmp_path):
         read_settings(typed(config(dpo_plugin=reference)))
     with pytest.raises(ConfigError, match=r"`lora_target_parameters.*Write: lora_target_parameters: \["):
         read_settings(typed(config(lora_target_parameters="mlp.experts.gate_up_proj")))
+
+
+def test_an_adapter_for_another_number_of_experts_is_refused_before_weights_are_read(config, moe_dir, tmp_path):
+    """Of the base there is its config.json alone."""
+    eight = tmp_path / "eight"
+    base = tiny.moe_config("qwen3_moe")
+    base.num_experts = 8
+    base.save_pretrained(eight)
+    shapes = r"is on 4 experts: .*lora_A.weight is \(32, 64\), of rank 8, where 8 experts make it \(64, 64\)"
+    with pytest.raises(
+        AdapterError, match=f"`lora_model_dir: .*{shapes}.*`num_experts: 8`.*Write: base_model: {moe_dir}$"
+    ):
+        read_settings(typed(config(base_model=str(eight))))
+    attention = tiny.save_adapter(moe_dir, tmp_path / "attention", target_modules=MODULES)
+    adapters = {"lora_model_dir": str(attention), "lora_target_parameters": None}
+    reference = {"reference": {"adapter_dir": config()["lora_model_dir"]}}
+    with pytest.raises(AdapterError, match=rf"`dpo_plugin.reference.adapter_dir: .*{shapes}"):
+        read_settings(typed(config(base_model=str(eight), dpo_plugin=reference, **adapters)))
+
+
+def test_log_probs_of_experts_in_four_bits_are_cached_apart(config):
+    four = {"adapter": "qlora", "load_in_4bit": True}
+    one, other = (read_settings(typed(config(**four, quantize_moe_experts=on))).numerics for on in (False, True))
+    assert one != other
