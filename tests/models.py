@@ -32,8 +32,8 @@ PAGE = ROOT / "docs" / "models.md"
 PAIRS = [tiny.example(9, 6, 8, 3), tiny.example(4, 12, 5, seed=1), tiny.example(15, 2, 2, 1, seed=2)]
 STEPS = 3
 
-NOT_ALL_LINEAR = {"llama4_text": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-"""Model types with a linear layer, a router, that returns more than a product, which PEFT does not expect."""
+NOT_ALL_LINEAR = dict.fromkeys(("llama4_text", "falcon_h1"), ["q_proj", "k_proj", "v_proj", "o_proj"])
+"""Model types with a linear layer that PEFT does not take: a router that returns more, the last one of a Mamba block."""
 
 ON_RANKS = (
     "cohere2", "deepseek_v3", "gemma2", "gemma3_text", "glm4_moe", "gpt_oss", "granite", "lfm2", "mistral", "mixtral",
