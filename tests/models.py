@@ -32,7 +32,7 @@ PAGE = ROOT / "docs" / "models.md"
 PAIRS = [tiny.example(9, 6, 8, 3), tiny.example(4, 12, 5, seed=1), tiny.example(15, 2, 2, 1, seed=2)]
 STEPS = 3
 
-NOT_ALL_LINEAR = dict.fromkeys(("llama4_text", "falcon_h1"), ["q_proj", "k_proj", "v_proj", "o_proj"])
+NOT_ALL_LINEAR = {kind: ["q_proj", "k_proj", "v_proj", "o_proj"] for kind in ("llama4_text", "falcon_h1")}
 """Model types with a linear layer that PEFT does not take: a router that returns more, the last one of a Mamba block."""
 
 ON_RANKS = (
