@@ -17,6 +17,7 @@ from dpo_plugin.plain_text import one_line
 EMPTY = "empty completion"
 IDENTICAL = "identical pair"
 SPECIAL = "special token in text"
+NOT_TEXT = "images, video or sound"
 LOST = "text left out by the template"
 UNKNOWN = "unknown token"
 EQUAL_IDS = "identical as tokens"
@@ -135,6 +136,12 @@ def check_usable(audit: Mapping[str, Any], sequence_len: int, max_bad_rows: floa
         raise DataError(
             f"{named}: with `sequence_len: {sequence_len}` no completion token survives in any of {too_long} pairs. "
             f"95 % of the pairs fit in {fits} tokens. Write: sequence_len: {fits}"
+        )
+    if out.get(NOT_TEXT, 0) > max_bad_rows * audit["read"]:
+        kept = f", or max_bad_rows: 1.0 to train on the {audit['kept']} rows of text" if audit["kept"] else ""
+        raise DataError(
+            f"{named}: {out[NOT_TEXT]} of {audit['read']} rows come with {NOT_TEXT}, and dpo_plugin trains on text "
+            f"alone. {first}. Write: path: <a preference set of text>{kept}"
         )
     if not audit["kept"]:
         raise DataError(f"{named} has no usable row out of {audit['read']}. {first}")

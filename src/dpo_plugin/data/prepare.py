@@ -22,6 +22,7 @@ from tqdm import tqdm
 from dpo_plugin.data.audit import DUPLICATE, EQUAL_AFTER_CUT, EQUAL_IDS, TOO_LONG, UNKNOWN, Audit, check_usable
 from dpo_plugin.data.files import Row
 from dpo_plugin.data.formats import Columns, PreferenceFormat, chat, recognise
+from dpo_plugin.data.refusals import refuse_media
 from dpo_plugin.data.render import PairIds, Renderer
 from dpo_plugin.data.sources import RowSource
 from dpo_plugin.data.stored import FEATURES, StoredPairs, cannot_store
@@ -154,6 +155,7 @@ class Preparation:
                 if isinstance(row, RowError):
                     raise row
                 source = one_line(str(row.get(self.options.columns.source) or ""))
+                refuse_media(row, self.options.columns.content)
                 shape = recognise(row, self.options.columns) if self.format is chat else self.format.__name__
                 pair = self.renderer.render(self.format(row, self.options.columns))
             except (RowError, RecursionError) as error:

@@ -6,9 +6,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dpo_plugin.data.audit import LOST, SPECIAL
+from dpo_plugin.data.audit import LOST, NOT_TEXT, SPECIAL
 from dpo_plugin.errors import RowError
 from dpo_plugin.types import Message, PreferencePair, RenderedPair
+
+_MEDIA = ("image", "images", "image_url", "video", "videos", "video_url", "audio", "audios", "input_audio")
+"""Columns, and types of a message's parts, that hold no text."""
 
 _THINKING = re.compile("</?think>")
 
@@ -26,6 +29,33 @@ def refuse_special_tokens(pair: PreferencePair, control_token: re.Pattern[str]) 
     for name, value in (*given, ("`tools`", pair.tools), ("`chat_template_kwargs`", pair.template_kwargs)):
         if found := control_token.search("\0".join(_strings(value))):
             raise RowError(f"{name} contains the special token {found[0]!r}", SPECIAL)
+
+
+def refuse_media(row: Mapping[str, Any], content: str) -> None:
+    """Refuse a row with images, video or sound, in a column of its own or as a part of a message.
+
+    Args:
+        row: The row as it was read.
+        content: The key of a message's content; ShareGPT's ``value`` is known, too.
+
+    Raises:
+        RowError: Naming where.
+    """
+    for name, value in row.items():
+        if name in _MEDIA and _holds(value):
+            raise RowError(f"`{name}` holds what is not text", NOT_TEXT)
+        for message in value if isinstance(value, list) else [value]:
+            parts = message.get(content, message.get("value")) if isinstance(message, Mapping) else None
+            kinds = [part.get("type") for part in parts if isinstance(part, Mapping)] if isinstance(parts, list) else []
+            if found := next((kind for kind in kinds if kind in _MEDIA), None):
+                raise RowError(f"`{name}` has a message with a part of type {found}", NOT_TEXT)
+
+
+def _holds(value: Any) -> bool:
+    """Whether a column holds anything; tables write nothing as a null, or as a list or mapping of nulls."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return any(map(_holds, value)) if isinstance(value, list) else value not in (None, False, "")
 
 
 def refuse_loss(text: str, given: Iterable[str], template: str) -> None:

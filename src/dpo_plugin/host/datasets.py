@@ -24,6 +24,7 @@ from dpo_plugin.data.formats import ROLES, Columns, PreferenceFormat, conversati
 from dpo_plugin.data.prepare import LengthLimit, Preparation, PrepareOptions
 from dpo_plugin.data.sources import RowSource, as_written, dataset_rows, local_source
 from dpo_plugin.errors import ConfigError, DataError
+from dpo_plugin.host.base_model import check_base
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.settings import PREFIX, RunSettings
 from dpo_plugin.host.templates import renderer_of
@@ -58,6 +59,7 @@ def load_datasets(cfg: Any, settings: RunSettings) -> TrainDatasetMeta | None:
     The host prepares the data where a data set is of one of its other types (``chatml.intel``, ``user_defined``, …) or
     ``skip_prepare_dataset`` is set, which formats of ours cannot be mixed with.
     """
+    check_base(cfg, settings)
     ours, theirs = _types(settings)
     if cfg.skip_prepare_dataset and ours:
         raise ConfigError(

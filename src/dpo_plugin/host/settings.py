@@ -132,6 +132,12 @@ def _check_host_keys(cfg: Mapping[str, Any]) -> None:
             "`dpo_use_liger_kernel: true` computes its own reference and would bypass the reference adapter. "
             "Write: dpo_use_liger_kernel: false"
         )
+    for key in ("processor_type", "is_multimodal"):
+        if cfg.get(key):
+            raise ConfigError(
+                f"`{key}: {cfg[key]}` is for images, and dpo_plugin trains on text alone, also a model that sees. "
+                f"Write: {key}: null"
+            )
     for key in ("micro_batch_size", "gradient_accumulation_steps"):
         if key in cfg and not cfg[key] and not cfg.get("batch_size"):
             raise ConfigError(f"`{key}` is empty, and there is no batch_size to compute it from. Write: {key}: 1")
