@@ -1,14 +1,17 @@
 """Every shipped recipe passes axolotl's validator with the plugin loaded, and names only files that exist."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from dpo_plugin.plan.planner import GIB, Machine, Planner
 from tests.support import bases as bases_of
 from tests.support import host, tiny
+from tests.support.four_bit_experts import quantise_on_cpu
 from tests.support.tiny import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -37,6 +40,12 @@ def adapter_for(recipe: Path, base_dir: Path, folder: Path) -> Path:
     return tiny.save_adapter(base_dir, folder, r=raw.get("lora_r", 8), lora_alpha=raw.get("lora_alpha", 16))
 
 
+def lora_of(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The LoRA settings of a recipe under PEFT's names."""
+    keys = ("lora_r", "lora_alpha", "lora_target_modules", "lora_target_parameters")
+    return {key.removeprefix("lora_") if key != "lora_alpha" else key: recipe[key] for key in keys if key in recipe}
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_passes_the_hosts_validator(recipe, base_dir, tmp_path, monkeypatch):
     cfg = validated(recipe, adapter_for(recipe, base_dir, tmp_path), monkeypatch)
@@ -52,13 +61,15 @@ def test_a_recipe_passes_the_hosts_validator(recipe, base_dir, tmp_path, monkeyp
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     """Family → folder of its tiny base."""
-    return {family: bases_of.save(family, tmp_path_factory.mktemp(family)) for family in bases_of.FAMILIES}
+    return {family: bases_of.save(family, tmp_path_factory.mktemp("base")) for family in bases_of.FAMILIES}
 
 
 def rows_for(recipe: dict[str, Any], folder: Path) -> Path:
     """Rows of the demo's data in the columns of the recipe's data set, without those its template cannot hold."""
     rows = [json.loads(line) for line in (ROOT / "recipes/data/preferences.jsonl").read_text("utf-8").splitlines()][:64]
-    if recipe["base_model"].startswith("mistralai"):  # its template drops a system message once an answer follows
+    if recipe["base_model"].startswith(
+        "mistralai/Mistral-Nemo"
+    ):  # its template drops a system message once an answer follows
         rows = [row for row in rows if row["chosen"][0]["role"] != "system"]
     if "truthy-dpo" in recipe["datasets"][0]["path"]:
         system = {"role": "system", "content": "You are an unbiased assistant."}
@@ -88,21 +99,24 @@ TINY = {
 
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if not r.stem.startswith("tiny")], ids=lambda path: path.stem)
-def test_a_recipe_prepares_its_rows_and_trains_two_steps(recipe, bases, tmp_path):
+def test_a_recipe_prepares_its_rows_and_trains_two_steps(recipe, bases, tmp_path, monkeypatch):
     """Base, sizes, paths and steps are tiny and the engine is one process; all else is the recipe's."""
     raw = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    base = bases[raw["base_model"].split("/")[0]]
+    family = bases_of.family_of(raw["base_model"])
+    base = bases[family]
     local = {"path": str(rows_for(raw, tmp_path)), "ds_type": "json"}
     config = {key: value for key, value in {**raw, **TINY}.items() if value is not None and key not in ENGINE}
     config |= {"base_model": str(base), "output_dir": str(tmp_path / "out")}
     config |= {"dataset_prepared_path": str(tmp_path / "prepared"), "datasets": [{**raw["datasets"][0], **local}]}
     if "lora_model_dir" in raw:
-        shape = {"r": raw["lora_r"], "lora_alpha": raw["lora_alpha"]}
+        shape = lora_of(raw)
         config["lora_model_dir"] = str(tiny.save_adapter(base, tmp_path / "sft", **shape))
         if "adapter_dir" in config.get("dpo_plugin", {}).get("reference", {}):
             config["dpo_plugin"]["reference"]["adapter_dir"] = str(
                 tiny.save_adapter(base, tmp_path / "ref", 2, **shape)
             )
+    if config.get("quantize_moe_experts"):
+        quantise_on_cpu(monkeypatch.setattr)
     run = host.train(config, tmp_path / "run")
     audit = json.loads((run.output_dir / "data_audit.json").read_text(encoding="utf-8"))["datasets"][0]
     assert audit["kept"] == audit["read"] >= 30
@@ -110,8 +124,12 @@ def test_a_recipe_prepares_its_rows_and_trains_two_steps(recipe, bases, tmp_path
     if "adapter_dir" not in str(raw.get("dpo_plugin")):
         assert run.lines[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
     example = run.trainer.train_dataset[0]
+    if raw.get("adapter"):
+        trained = {name for name, _ in run.trainer.model.policy_parameters()}
+        assert any(".experts." in name for name in trained) is ("lora_target_parameters" in raw)
+        assert not any("vision" in name for name in trained)
     tokens = run.trainer.processing_class.convert_ids_to_tokens(example["chosen_ids"][-1:])
-    assert tokens == [run.trainer.processing_class.eos_token]
+    assert tokens == [bases_of.FAMILIES[family].end_of_turn]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -120,6 +138,82 @@ def test_a_recipe_opens_with_what_hardware_and_command(recipe):
     assert all(
         word in head for word in ("# What:", "# Hardware:", "# Command:", f"axolotl train recipes/{recipe.name}")
     )
+
+
+PUBLIC_SIZES: dict[str, tuple[dict[str, Any], int, float]] = {
+    # Qwen/Qwen3-30B-A3B-Instruct-2507 and its card: 30.5B
+    "qwen3-30b-a3b-dpo": (
+        {
+            "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+            "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+            "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936, "tie_word_embeddings": False,
+        },
+        # 48 layers · r = 8 · (q 2048 + 4096, k and v 2048 + 512, o 4096 + 2048, and of 128 experts gate and up
+        # 2048 + 1536, down 768 + 2048)
+        48 * 8 * (2 * 6144 + 2 * 2560 + 128 * (3584 + 2816)),
+        30.5,
+    ),
+    # google/gemma-3-12b-it; 11.77B of text (keras-hub's preset gemma3_instruct_12b_text) and 0.42B of vision
+    "gemma3-12b-dpo": (
+        {
+            "model_type": "gemma3",
+            "text_config": {
+                "model_type": "gemma3_text", "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48,
+                "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "vocab_size": 262208,
+                "sliding_window": 1024,
+            },
+            "vision_config": {
+                "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
+                "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 896, "patch_size": 14,
+                "vision_use_head": False,
+            },
+        },
+        # 48 layers · r = 16 · (q 3840 + 4096, k and v 3840 + 2048, o 4096 + 3840, gate, up and down 3840 + 15360)
+        48 * 16 * (2 * 7936 + 2 * 5888 + 3 * 19200),
+        12.2,
+    ),
+    # mistralai/Mistral-Small-24B-Instruct-2501 and its card: 23.6B
+    "mistral-small-24b-dpo": (
+        {
+            "model_type": "mistral", "hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072,
+            "sliding_window": None, "tie_word_embeddings": False,
+        },
+        # 40 layers · r = 16 · (q 5120 + 4096, k and v 5120 + 1024, o 4096 + 5120, gate, up and down 5120 + 32768)
+        40 * 16 * (2 * 9216 + 2 * 6144 + 3 * 37888),
+        23.6,
+    ),
+    # openai/gpt-oss-20b and its card (arXiv 2508.10925): 20.9B
+    "gpt-oss-20b-dpo": (
+        {
+            "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24,
+            "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 201088,
+            "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "tie_word_embeddings": False,
+        },
+        # 24 layers · r = 8 · (q 2880 + 4096, k and v 2880 + 512, o 4096 + 2880, and of 32 experts gate and up
+        # 2880 + 5760, down 2880 + 2880)
+        24 * 8 * (2 * 6976 + 2 * 3392 + 32 * (8640 + 5760)),
+        20.9,
+    ),
+}  # fmt: skip
+"""Recipe → what its base's config.json says of sizes, the values that its LoRA trains, and its parameters in billions."""
+
+
+@pytest.mark.parametrize("name", PUBLIC_SIZES)
+def test_the_memory_in_a_recipes_head_is_what_the_plan_says(name, tmp_path):
+    sizes, trained, billions = PUBLIC_SIZES[name]
+    (tmp_path / "config.json").write_text(json.dumps(sizes), encoding="utf-8")
+    text = (ROOT / f"recipes/{name}.yaml").read_text(encoding="utf-8")
+    head = " ".join(line.removeprefix("#").strip() for line in text.split("base_model:")[0].splitlines())
+    load, step = re.search(r"planned are (\d+) GiB while it is loaded and (\d+) GiB in a step", head).groups()
+    memory = int(re.search(r"--gpus 1 --gpu-memory (\d+)", head)[1])
+    cfg = yaml.safe_load(text) | {"base_model": str(tmp_path)}
+    planner = Planner(cfg, name, Machine(gpus=1, gpu=memory * GIB, host=64 * GIB))
+    own, found = planner.verdict("ddp"), planner.model(cfg).sizes
+    assert own["fits"]
+    assert (round(own["load_gib"]), round(own["step_gib"])) == (int(load), int(step))
+    assert found.trained == trained
+    assert round((sum(found.linear) + sum(found.other)) / 1e9, 1) == billions
 
 
 def test_the_72b_recipe_is_the_published_one(base_dir, tmp_path, monkeypatch):
