@@ -101,3 +101,15 @@ def test_a_base_in_mxfp4_that_is_not_dequantised_is_refused_before_weights_are_r
     (base / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=line):
         host.train(dpo_config(base, tmp_path / "out", **RUN, **keys), tmp_path / "run")
+
+
+def test_merge_lora_into_a_base_in_mxfp4_is_refused(tmp_path):
+    """The host (0.19, 0.21) ends with 0, and the model that it saves has no experts."""
+    base = bases.save("openai", tmp_path / "base")
+    trained = tiny.save_adapter(base, tmp_path / "out", target_modules=["q_proj", "v_proj"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(dpo_config(base, trained, lora_target_modules=["q_proj"])))
+    command = ["axolotl", "merge-lora", str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ), cwd=ROOT)
+    assert done.returncode != 0
+    assert "is in MXFP4, and axolotl would merge into a model without its experts" in done.stdout + done.stderr
+    assert not (trained / "merged").exists()

@@ -236,12 +236,12 @@ def test_an_adapter_for_another_number_of_experts_is_refused_before_weights_are_
     with pytest.raises(
         AdapterError, match=f"`lora_model_dir: .*{shapes}.*`num_experts: 8`.*Write: base_model: {moe_dir}$"
     ):
-        read_settings(typed(config(base_model=str(eight))))
+        host.train(config(base_model=str(eight)), tmp_path / "a")
     attention = tiny.save_adapter(moe_dir, tmp_path / "attention", target_modules=MODULES)
     adapters = {"lora_model_dir": str(attention), "lora_target_parameters": None}
     reference = {"reference": {"adapter_dir": config()["lora_model_dir"]}}
     with pytest.raises(AdapterError, match=rf"`dpo_plugin.reference.adapter_dir: .*{shapes}"):
-        read_settings(typed(config(base_model=str(eight), dpo_plugin=reference, **adapters)))
+        host.train(config(base_model=str(eight), dpo_plugin=reference, **adapters), tmp_path / "b")
 
 
 def test_log_probs_of_experts_in_four_bits_are_cached_apart(config):

@@ -11,6 +11,7 @@ from dpo_plugin.compute.attention import prefix_sharing_blocker
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.settings import RunSettings
+from dpo_plugin.model.target_parameters import check_expert_count
 
 DEQUANTIZE = "model_quantization_config: Mxfp4Config, model_quantization_config_kwargs: {dequantize: true}"
 
@@ -23,11 +24,14 @@ def check_base(cfg: Any, settings: RunSettings) -> None:
         settings: Of the run.
 
     Raises:
+        AdapterError: For an adapter on another number of experts.
         ConfigError: For a base in MXFP4 that is not dequantised, and for ``prefix_sharing: true`` on one whose layers
             hand on a state.
     """
     config = load_model_config(cfg)
     _check_quantisation(cfg, config)
+    for adapter in filter(None, (settings.policy, settings.reference.adapter)):
+        check_expert_count(adapter.config, adapter.key, adapter.path, config)
     why = prefix_sharing_blocker(config)
     if why and settings.config.compute.prefix_sharing is True:
         raise ConfigError(f"{why}, but `dpo_plugin.compute.prefix_sharing: true` asks for it. Write: auto")

@@ -18,8 +18,7 @@ from dpo_plugin.host.yaml_keys import DATA_SUFFIXES, check_names
 from dpo_plugin.metrics.pair import TRL_METRICS, PreferenceMetric
 from dpo_plugin.model.adapter_config import AdapterFolder, check_equal_parameters, check_fresh_init, open_adapter
 from dpo_plugin.model.references import ReferenceChoice, ReferenceStrategy, strategy_name
-from dpo_plugin.model.target_parameters import check_expert_count, check_fresh_parameters
-from dpo_plugin.plan.inputs import model_config
+from dpo_plugin.model.target_parameters import check_fresh_parameters
 from dpo_plugin.registry import Registry, get_registry
 
 PREFIX = "dpo_plugin."
@@ -179,13 +178,7 @@ def _policy_folder(cfg: Mapping[str, Any]) -> AdapterFolder | None:
                 f"`{key}: {asked}` differs from the adapter in `lora_model_dir: {path}`, which has {found}; "
                 f"the policy starts from that adapter and keeps its shape. Write: {key}: {found}"
             )
-    _check_experts(cfg, folder)
     return folder
-
-
-def _check_experts(cfg: Mapping[str, Any], folder: AdapterFolder) -> None:
-    if folder.parameters:
-        check_expert_count(folder.config, folder.key, folder.path, model_config(cfg))
 
 
 def _reference(
@@ -218,7 +211,6 @@ def _reference(
                 f"`dpo_plugin.reference.strategy: {name}` finds no adapter. Write: lora_model_dir: <SFT adapter folder>"
             )
         check_equal_parameters(policy, cfg.get("lora_target_parameters"), adapter)
-        _check_experts(cfg, adapter)
     strategy.check_adapters(policy, adapter)
     if engine.shards_parameters and strategy.moves:
         raise ConfigError(

@@ -119,6 +119,7 @@ def complete_merges() -> None:
             continue
 
         def merge(*, cfg: Any, theirs: Any = theirs) -> None:
+            refuse_packed(cfg)
             head = separate_head(Path(cfg.lora_model_dir), cfg.base_model)
             if is_on_parameters(cfg.lora_model_dir):
                 LOG.info(
@@ -134,6 +135,23 @@ def complete_merges() -> None:
 
         merge.completed = True  # type: ignore[attr-defined]
         setattr(module, "do_merge_lora", merge)  # noqa: B010
+
+
+def refuse_packed(cfg: Any) -> None:
+    """Refuse to merge into a base whose experts are packed in MXFP4 (gpt-oss).
+
+    axolotl 0.19 and 0.21 end without an error, and save a model without the experts' weights, whose logits are further
+    off than the adapter moves them.
+
+    Raises:
+        ConfigError: For such a base.
+    """
+    packed = getattr(AutoConfig.from_pretrained(cfg.base_model), "quantization_config", None) or {}
+    if packed.get("quant_method") == "mxfp4":
+        raise ConfigError(
+            f"`base_model: {cfg.base_model}` is in MXFP4, and axolotl would merge into a model without its experts. "
+            f"Load the adapter beside the base instead: lora_model_dir: {cfg.lora_model_dir}"
+        )
 
 
 def separate_head(adapter: Path, base: str) -> Tensor | None:
