@@ -13,7 +13,8 @@ from tests.support.architectures import make_config
 from tests.support.tiny import dpo_config
 from tests.unit.compute.test_layouts import hidden_prefix, window_off_by_one
 
-WINDOW = 16
+WINDOW = 32
+LONG = tiny.chat_row("How long? " * 12, "As long as it takes, and longer still.", "Short.")
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,17 @@ def test_a_model_without_routers_has_no_loss_of_them(windowed_dir, config, tmp_p
         ConfigError, match=r"router_aux_loss_coef: 0.5.*mistral does not.*Write: router_aux_loss_coef: null"
     ):
         host.train(config(windowed_dir, dpo_plugin={"loss": {"router_aux_loss_coef": 0.5}}), tmp_path)
+
+
+def test_a_pair_longer_than_the_window_is_found_in_the_data_of_evaluations(windowed_dir, config, tmp_path, monkeypatch):
+    seen = []
+    real = batches.compare_layouts
+    monkeypatch.setattr(batches, "compare_layouts", lambda *given: seen.append(given[2]) or real(*given))
+    short = [tiny.chat_row("a?", "b", "c") for _ in range(8)]
+    files = [tiny.write_rows(tmp_path / f"{n}.jsonl", rows) for n, rows in enumerate((short, [*short, LONG]))]
+    train, test = ([{"path": str(file), "ds_type": "json", "type": "dpo_plugin.chat"}] for file in files)
+    host.train(config(windowed_dir, datasets=train, test_datasets=test, sequence_len=128), tmp_path / "run")
+    assert max(prefix + chosen for prefix, chosen, _ in seen[0].segments) > WINDOW
 
 
 def test_an_evaluation_compares_too(windowed_dir, config, tmp_path, log):

@@ -33,7 +33,7 @@ LENGTH = 64
 """Tokens that are enough of a pair without windows; they make the comparison cost less than a step."""
 
 FIRST = 100
-"""Pairs of the data to choose from, unless long ones are looked for."""
+"""Pairs of the data to choose short ones from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +78,15 @@ def pairs_to_compare(rows: Iterable[Any], window: int | None) -> list[Any]:
     """Choose short pairs that have something to share, one of them longer than a window if there is such a pair.
 
     Args:
-        rows: Pairs as token ids.
+        rows: Pairs as token ids; all of them are read only to look for one longer than the window.
         window: The fewest tokens that a layer of the model lets a token see; None if it sees all.
 
     Returns:
         `PAIRS` of them, or as many as there are, cut to `LENGTH` tokens or as many beyond the window.
     """
-    rows = list(rows) if window else list(islice(rows, FIRST))
-    rows.sort(key=lambda row: (min(shared_segments(row)) < LEAST, sum(shared_segments(row))))
-    long = [row for row in rows if window and max(map(len, sequences(row))) > window][:1]
-    rest = [row for row in rows if row not in long][: PAIRS - len(long)]
+    first = sorted(islice(rows, FIRST), key=lambda row: (min(shared_segments(row)) < LEAST, sum(shared_segments(row))))
+    long = list(islice((row for row in rows if window and max(map(len, sequences(row))) > window), 1))
+    rest = [row for row in first if row not in long][: PAIRS - len(long)]
     return [_cut(row, LENGTH + (window or 0)) for row in long] + [_cut(row, LENGTH) for row in rest]
 
 
@@ -126,7 +125,7 @@ def compare_layouts(
     with recorded_calls() as windows, _rows_read(head, flat) as got:
         found = forward(flat)
     apart = (found.sums - expected.sums).abs().nan_to_num(torch.inf)
-    allowed = noise * expected.tokens.sqrt()
+    allowed = noise * expected.tokens.clamp(min=1).sqrt()
     worst = int((apart / allowed).argmax())
     largest = Deviation(apart[worst].item(), int(expected.tokens[worst]), allowed[worst].item())
     hidden = ((got[-1] - wanted[-1]).norm() / wanted[-1].norm()).item() if got and wanted else 0.0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils.data import ConcatDataset
 from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -85,10 +86,12 @@ def decide_layout(trainer: Any) -> None:
     collator: PairCollator = trainer.data_collator
     if not collator.flat or trainer.compared is not None:
         return
+    data = [data for _, data in named_datasets(trainer) if len(data)]
+    why: str | None = "there are no pairs to compare the layouts on"
     if not trainer.is_in_train and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
-        why: str | None = "nothing is compared for an evaluation alone where an engine shards the model"
-    else:
-        trainer.compared = _compare(trainer)
+        why = "nothing is compared for an evaluation alone where an engine shards the model"
+    elif data:
+        trainer.compared = _compare(trainer, ConcatDataset(data))
         differs = on_any_rank(trainer.accelerator, trainer.compared.why_not is not None)
         why = trainer.compared.why_not or ("another rank finds a difference" if differs else None)
     if why is None:
@@ -101,9 +104,9 @@ def decide_layout(trainer: Any) -> None:
     check_lengths(trainer)
 
 
-def _compare(trainer: Any) -> Comparison:
-    data = next(data for _, data in named_datasets(trainer))
-    pairs = pairs_to_compare(data, smallest_window(trainer.model.config))
+def _compare(trainer: Any, data: Any) -> Comparison:
+    window, longest = smallest_window(trainer.model.config), trainer.args.max_length
+    pairs = pairs_to_compare(data, window if window and not (longest and longest <= window) else None)
     flat, rows = (replace(trainer.data_collator, flat=flat, max_tokens=None) for flat in (True, False))
     training = trainer.model.training
     trainer.model.eval()
