@@ -13,8 +13,8 @@ from tests.support.architectures import make_config
 from tests.support.tiny import dpo_config
 from tests.unit.compute.test_layouts import hidden_prefix, window_off_by_one
 
-WINDOW = 32
-LONG = tiny.chat_row("How long? " * 12, "As long as it takes, and longer still.", "Short.")
+WINDOW = 64
+LONG = tiny.chat_row("How long? " * 24, "As long as it takes, and longer still.", "Short.")
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_a_pair_longer_than_the_window_is_found_in_the_data_of_evaluations(windo
     short = [tiny.chat_row("a?", "b", "c") for _ in range(8)]
     files = [tiny.write_rows(tmp_path / f"{n}.jsonl", rows) for n, rows in enumerate((short, [*short, LONG]))]
     train, test = ([{"path": str(file), "ds_type": "json", "type": "dpo_plugin.chat"}] for file in files)
-    host.train(config(windowed_dir, datasets=train, test_datasets=test, sequence_len=128), tmp_path / "run")
+    host.train(config(windowed_dir, datasets=train, test_datasets=test), tmp_path / "run")
     assert max(prefix + chosen for prefix, chosen, _ in seen[0].segments) > WINDOW
 
 
