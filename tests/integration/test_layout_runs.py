@@ -60,7 +60,7 @@ def test_a_sliding_window_shares_prefixes_and_changes_nothing(windowed_dir, conf
     flat = host.train(config(windowed_dir), tmp_path / "a")
     assert flat.trainer.data_collator.flat
     assert flat.trainer.compared.why_not is None
-    assert "share their prefix; two rows differ from it by" in said(log)[0]
+    assert "share their prefix; it moves log-probs by" in said(log)[0]
     rows = host.train(config(windowed_dir, dpo_plugin={"compute": {"prefix_sharing": False}}), tmp_path / "b")
     assert not rows.trainer.data_collator.flat
     assert flat.lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)

@@ -95,7 +95,7 @@ def decide_layout(trainer: Any) -> None:
         differs = on_any_rank(trainer.accelerator, trainer.compared.why_not is not None)
         why = trainer.compared.why_not or ("another rank finds a difference" if differs else None)
     if why is None:
-        LOG.info(f"dpo_plugin: chosen and rejected share their prefix; two rows differ from it by {trainer.compared}")
+        LOG.info(f"dpo_plugin: chosen and rejected share their prefix; it moves log-probs by {trainer.compared}")
         return
     _insist_or_say(trainer.settings, why)
     collator.flat = False
