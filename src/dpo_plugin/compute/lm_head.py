@@ -81,7 +81,7 @@ def logits_from(root: Any, forward: Callable[[], Tensor], batch: PairBatch) -> L
                 seen[LogitsFrom.ROOT] = _behind_head(root, head, logits_of, row)
             return seen[LogitsFrom.HEAD].clone()[None]
 
-        with torch.no_grad(), _forward_of(head, first_row):
+        with torch.no_grad(), _forward_of(head, first_row), torch.compiler.set_stance("force_eager"):
             logits = forward()[0]
         equal = (way for way, found in seen.items() if torch.equal(found.to(logits.dtype), logits))
         _known[root] = next(equal, LogitsFrom.UNKNOWN)
@@ -139,7 +139,7 @@ def scoring_head(root: Any, batch: PairBatch, options: ForwardOptions, way: Logi
     head = root.get_output_embeddings()
     head_forward, root_forward = head.forward, root.forward
     own = way is LogitsFrom.ROOT
-    logits_of = partial(_behind_head, root, head, head_forward) if own else head_forward
+    logits_of = torch.compiler.disable(partial(_behind_head, root, head, head_forward)) if own else head_forward
     found: list[Tensor] = []
 
     def score(hidden: Tensor) -> Tensor:

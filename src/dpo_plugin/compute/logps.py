@@ -55,7 +55,7 @@ def run_model(model: Callable[..., Any], batch: PairBatch, options: ForwardOptio
 def _scored(
     model: Callable[..., Any], inner: Any, inputs: Mapping[str, Any], batch: PairBatch, options: ForwardOptions
 ) -> CompletionLogps:
-    root = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    root = inner.get_base_model() if hasattr(inner, "get_base_model") else getattr(inner, "_orig_mod", inner)
     with recorded_calls():  # not of the forward that somebody may be recording
         way = logits_from(root, lambda: model(**inputs).logits, batch)
     if way is not LogitsFrom.UNKNOWN:

@@ -251,3 +251,15 @@ def test_the_page_of_models_says_the_same():
     assert list(flat) == list(ARCHITECTURES)
     for kind, cell in flat.items():
         assert NOT_FLAT[kind] in cell if kind in NOT_FLAT else cell.startswith("✓"), kind
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same(monkeypatch):
+    """gemma2 runs its own code on chunks, which the compiler must leave alone."""
+    model = make_model("gemma2", torch.float32).eval()
+    expected = run_model(model, batch_of(False)).sums
+    monkeypatch.setattr(lm_head, "_known", lm_head.WeakKeyDictionary())
+    found = run_model(torch.compile(model, backend="eager"), batch_of(False)).sums
+    assert lm_head._known[model] is lm_head.LogitsFrom.ROOT
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    found.sum().backward()
