@@ -137,8 +137,8 @@ def test_what_is_not_finite_is_named(model, batch, side, says):
 def test_scores_need_no_step(model, batch):
     """What samples and the planner use: any forward and any reference."""
     given = torch.tensor([[-1.0, -2.0]] * 3)
-    logps, weights = score_pairs(
+    logps, policy = score_pairs(
         model, batch, lambda *of: run_model(*of, ForwardOptions(wpo=True)), lambda *_: given, BETA
     )
     assert torch.equal(logps.ref_rejected_logps, given[:, 1])
-    assert weights.shape == (6,)
+    assert policy.wpo_weights.shape == (6,)
