@@ -40,7 +40,7 @@ demo: install  ## train a tiny model with SFT, then DPO, and show what changed (
 test: install lint types  ## lint, types and tests (about 15 minutes)
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-ranks: install  ## the 72B recipes on two processes (about 15 minutes)
+test-ranks: install  ## the 72B recipes on two processes (about 20 minutes)
 	python -m pytest tests/ranks
 
 test-core: install  ## what matters most, one process and two: for a second host beside the first (about 8 minutes)
