@@ -139,7 +139,9 @@ def scoring_head(root: Any, batch: PairBatch, options: ForwardOptions, way: Logi
     head = root.get_output_embeddings()
     head_forward, root_forward = head.forward, root.forward
     own = way is LogitsFrom.ROOT
-    logits_of = torch.compiler.disable(partial(_behind_head, root, head, head_forward)) if own else head_forward
+    logits_of: Callable[[Tensor], Tensor] = head_forward
+    if own:
+        logits_of = torch.compiler.disable(partial(_behind_head, root, head, head_forward))  # type: ignore[no-untyped-call]
     found: list[Tensor] = []
 
     def score(hidden: Tensor) -> Tensor:
