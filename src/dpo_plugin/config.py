@@ -137,7 +137,7 @@ class ComputeConfig(_Section):
 
     prefix_sharing: Literal["auto"] | bool = Field(
         default="auto",
-        description="Compute what chosen and rejected begin with once, in one row without padding. auto: where the "
+        description="Compute what chosen and rejected begin with once, in one row without padding. auto: where "
         "a few pairs give what they give in two rows, and no attn_implementation but eager is asked for by name; true: "
         "or stop; false: two padded rows per pair.",
     )

@@ -69,7 +69,23 @@ def test_a_sliding_window_shares_prefixes_and_changes_nothing(windowed_dir, conf
         assert one["logps/chosen"] == pytest.approx(other["logps/chosen"], abs=1e-3)
 
 
-@pytest.mark.parametrize(("plant", "found"), [(window_off_by_one, "see"), (hidden_prefix, "log-probs differ by")])
+def keywords_that_are_refused(monkeypatch):
+    """As a model of one's own code may do whose forward takes none but its own."""
+
+    def refuse(*_):
+        raise TypeError("forward() got an unexpected keyword argument 'pair_segments'")
+
+    monkeypatch.setattr(attention, "_pair_by_pair", refuse)
+
+
+@pytest.mark.parametrize(
+    ("plant", "found"),
+    [
+        (window_off_by_one, "see"),
+        (hidden_prefix, "log-probs differ by"),
+        (keywords_that_are_refused, "does not run a flat row (TypeError: forward() got an unexpected keyword"),
+    ],
+)
 def test_a_run_takes_two_rows_where_a_flat_one_is_wrong(windowed_dir, config, tmp_path, log, plant, found, monkeypatch):
     plant(monkeypatch)
     run = host.train(config(windowed_dir), tmp_path)

@@ -257,7 +257,8 @@ def attend_to_pairs(model: Any) -> None:
 
 def attend_to_rows(model: Any) -> None:
     """Let a model attend as it did before `attend_to_pairs`."""
-    model.set_attn_implementation({NAME: "sdpa", EAGER: "eager"}[model.config._attn_implementation])
+    now = model.config._attn_implementation
+    model.set_attn_implementation({NAME: "sdpa", EAGER: "eager"}.get(now, now))
 
 
 LAYERS_WITH_STATE = ("mamba", "ssm", "linear_attention", "conv", "recurrent", "rwkv", "lightning")

@@ -91,9 +91,13 @@ def decide_layout(trainer: Any) -> None:
     if not trainer.is_in_train and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         why = "nothing is compared for an evaluation alone where an engine shards the model"
     elif data:
-        trainer.compared = _compare(trainer, ConcatDataset(data))
-        differs = on_any_rank(trainer.accelerator, trainer.compared.why_not is not None)
-        why = trainer.compared.why_not or ("another rank finds a difference" if differs else None)
+        try:
+            trainer.compared = _compare(trainer, ConcatDataset(data))
+            why = trainer.compared.why_not
+        except Exception as error:  # a model's own code, which may take neither our keywords nor our positions
+            why = f"the model does not run a flat row ({type(error).__name__}: {str(error)[:200]})"
+        differs = on_any_rank(trainer.accelerator, why is not None)
+        why = why or ("another rank finds a difference" if differs else None)
     if why is None:
         LOG.info(f"dpo_plugin: chosen and rejected share their prefix; it moves log-probs by {trainer.compared}")
         return
