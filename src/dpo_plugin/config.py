@@ -209,6 +209,13 @@ class DPOPluginConfig(_Section):
     loss: LossConfig = _subsection(LossConfig, ld_alpha=0.5)
     compute: ComputeConfig = _subsection(ComputeConfig, max_tokens=8192)
     health: HealthConfig = _subsection(HealthConfig, action="warn")
+    loading: Literal["sharded", "host"] | None = Field(
+        default=None,
+        examples=["sharded"],
+        description="How a 4-bit base gets onto GPUs that ZeRO-3 or FSDP2 shards it over: sharded, layer by layer "
+        "from a copy in 4 bits that is kept next to dataset_prepared_path, or host, whole onto each GPU first, as the "
+        "host does. Default: sharded where it can be.",
+    )
     report: bool = Field(default=True, description="Write report.html into output_dir at the end of the run.")
     metrics: list[Text] | None = Field(
         default=None,

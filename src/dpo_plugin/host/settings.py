@@ -10,6 +10,7 @@ from typing import Any
 from dpo_plugin.compute.loss_traits import check_divergence, check_smoothing, check_split
 from dpo_plugin.config import Action, DPOPluginConfig, ReferenceConfig, parse_config
 from dpo_plugin.engines.config import EngineSettings, check_parallel
+from dpo_plugin.engines.loading import Loading
 from dpo_plugin.engines.master_weights import check_master_weights
 from dpo_plugin.errors import ConfigError, DataError
 from dpo_plugin.health.monitor import HealthCheck
@@ -38,6 +39,7 @@ class RunSettings:
         policy: The adapter that the policy starts from, or None for a fresh LoRA or full fine-tuning.
         reference: Where the reference's log-probs come from.
         engine: How the run is spread over processes, and its precision.
+        loading: Whether a 4-bit base is loaded layer by layer, and if not, why.
         revision: Revision of the base model on the hub, if the YAML names one.
         numerics: Keys of the YAML that decide how the base is quantised and computes, for the cache's key.
         template: ``chat_template``, ``chat_template_jinja`` and ``chat_template_kwargs``.
@@ -54,6 +56,7 @@ class RunSettings:
     policy: AdapterFolder | None
     reference: ReferenceChoice
     engine: EngineSettings
+    loading: Loading
     revision: str | None
     numerics: Mapping[str, Any]
     template: Mapping[str, Any]
@@ -94,6 +97,7 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
         policy=policy,
         reference=_reference(cfg, config.reference, policy, engine, registry),
         engine=engine,
+        loading=Loading.choose(config.loading, cfg, engine),
         revision=cfg.get("revision_of_model"),
         numerics={key: cfg[key] for key in _NUMERICS if cfg.get(key)} | own,
         template={
