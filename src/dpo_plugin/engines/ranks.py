@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,22 +14,35 @@ import torch.distributed as dist
 from dpo_plugin.errors import RankMismatchError
 
 
-def gather_object(value: Any) -> list[Any]:
+def gather_object(value: Any, group: Any = None) -> list[Any]:
     """Gather a value of each rank; all ranks must call."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
+    dist.all_gather_object(everyone, value, group=group)
     return everyone
 
 
-def check_ranks_agree(facts: Mapping[str, Any]) -> None:
+@contextmanager
+def patient_group() -> Iterator[Any]:
+    """Context with a group of all ranks, on CPUs, that waits a day for work that one of them does alone."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        yield None
+        return
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(group)
+
+
+def check_ranks_agree(facts: Mapping[str, Any], group: Any = None) -> None:
     """Compare this rank's facts with all others', since ranks that differ would wait for each other until a time-out.
 
     Raises:
         RankMismatchError: On all ranks, with each difference to rank 0.
     """
-    everyone = gather_object(dict(facts))
+    everyone = gather_object(dict(facts), group)
     differences = [
         f"rank {rank}: {name} is {theirs.get(name)}, on rank 0 it is {everyone[0].get(name)}"
         for rank, theirs in enumerate(everyone)

@@ -1,16 +1,25 @@
-"""What the config of the base model shows before its weights are read."""
+"""The base model: what its config shows before its weights are read, and how they are loaded."""
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import torch
 from axolotl.loaders.utils import load_model_config
+from axolotl.utils.distributed import init_distributed_state
 
 from dpo_plugin.compute.attention import prefix_sharing_blocker
+from dpo_plugin.engines.loading import make_on_each_node
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.settings import RunSettings
+from dpo_plugin.model.quantised_copy import folder_of, identity, manifest_of, staying_on_host, weight_files, write
 from dpo_plugin.model.target_parameters import check_expert_count
 
 DEQUANTIZE = "model_quantization_config: Mxfp4Config, model_quantization_config_kwargs: {dequantize: true}"
@@ -64,3 +73,90 @@ def _check_quantisation(cfg: Any, config: Any) -> None:
             f"the experts of `base_model: {cfg.base_model}` are in MXFP4, which has no backward and cannot carry LoRA. "
             f"Write: {DEQUANTIZE}"
         )
+
+
+# ── how it is loaded ──
+
+
+def load(loader: Any, theirs: Callable[[], Any], settings: RunSettings) -> Any:
+    """Load the base: mapped from a copy in 4 bits on disk where ZeRO-3 or FSDP2 shards it, else as the host does.
+
+    All ranks must call.
+
+    Args:
+        loader: The host's, with what it passes to transformers.
+        theirs: Loads as the loader says.
+        settings: Of the run.
+
+    Raises:
+        ConfigError: If the copy cannot be made, or ``loading: sharded`` is asked for and cannot be.
+    """
+    if not settings.engine.shards_parameters or not loader.cfg.load_in_4bit:
+        return theirs()
+    stored = getattr(loader.model_config, "quantization_config", None)
+    files = weight_files(loader.base_model, loader.cfg.revision_of_model)
+    if why := settings.loading.blocker or _cannot_be_mapped(loader, stored, files):
+        if settings.loading.asked:
+            raise ConfigError(f"`dpo_plugin.loading: sharded` is asked for, but {why}. Write: loading: host")
+        LOG.info(f"dpo_plugin: each GPU holds the whole base in 4 bits before it is sharded, because {why}")
+        return theirs()
+    loader.cfg.embeddings_skip_upcast = True  # to fp32 and back would take each of them into the host's memory
+    if stored:
+        return _map(loader, theirs, loader.base_model, None)
+    made_of = identity(
+        files,
+        quantisation=loader.model_kwargs["quantization_config"].to_dict(),
+        dtype=str(loader.cfg.torch_dtype),
+        loader=loader.auto_model_loader.__name__,
+        versions={name: version(name) for name in ("bitsandbytes", "transformers")},
+    )
+    root = Path(loader.cfg.dataset_prepared_path or "last_run_prepared") / "bases"
+    folder, size = folder_of(root, loader.base_model, made_of), _bytes_of_copy(loader.cfg, settings, files)
+    init_distributed_state()
+    make = partial(write, folder, theirs, {**made_of, "base": loader.base_model}, size)
+    make_on_each_node(folder, make, LOG.warning)
+    LOG.info(f"dpo_plugin: the base is loaded layer by layer from its copy in 4 bits, {folder}")
+    return _map(loader, theirs, str(folder), manifest_of(folder)["weights"])
+
+
+def _cannot_be_mapped(loader: Any, stored: Any, files: list[Path]) -> str | None:
+    """Why a copy of the base in 4 bits cannot be made, or read as it was written."""
+    stored = stored if stored is None or isinstance(stored, dict) else stored.to_dict()
+    if stored and not (stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit")):
+        return f"its weights are stored by {stored.get('quant_method')}"
+    if not files:
+        return f"`base_model: {loader.base_model}` has no safetensors"
+    quantisation = stored or loader.model_kwargs["quantization_config"].to_dict()
+    kind = str(quantisation.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
+    computed = str(loader.cfg.torch_dtype).removeprefix("torch.")
+    if getattr(torch, kind).is_floating_point and kind != computed:
+        return f"`bnb_4bit_quant_storage: {kind}` would be read as {computed}, in which the run computes"
+    return None
+
+
+def _bytes_of_copy(cfg: Any, settings: RunSettings, files: list[Path]) -> int:
+    from dpo_plugin.plan.planner import Planner, this_machine
+
+    try:
+        return Planner(cfg, "this config", this_machine(), settings.config, settings.engine).base_bytes()
+    except ConfigError:
+        return sum(file.stat().st_size for file in files)
+
+
+def _map(loader: Any, theirs: Callable[[], Any], source: str, noted: str | None) -> Any:
+    """Load a checkpoint in 4 bits so that its weights stay in the file's pages; the model says it is the base."""
+    base, config, kwargs = loader.base_model, loader.model_config, loader.model_kwargs
+    quantisation = kwargs.get("quantization_config")
+    loader.base_model, loader.model_config = source, copy.deepcopy(config)
+    if quantisation is not None:
+        loader.model_config.quantization_config = quantisation.to_dict()
+    left_out = ("device_map", *(("quantization_config", "revision") if source != base else ()))
+    loader.model_kwargs = {key: value for key, value in kwargs.items() if key not in left_out}
+    try:
+        with staying_on_host():
+            model = theirs()
+    finally:
+        loader.base_model, loader.model_config, loader.model_kwargs = base, config, kwargs
+    model.name_or_path = model.config.name_or_path = base
+    model.is_mapped, model.weights_digest = True, noted
+    return model

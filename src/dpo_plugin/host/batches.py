@@ -250,7 +250,9 @@ def base_identity(base: Any) -> str:
     """Hash the base model as loaded: its config, and a local folder's weights or its name and commit on the hub."""
     folder = Path(str(base.config.name_or_path))
     commit = f"{base.config.name_or_path}@{getattr(base.config, '_commit_hash', None)}"
-    return cache_key(weights=weights_digest(folder) if folder.is_dir() else commit, config=config_digest(base.config))
+    noted = getattr(base, "weights_digest", None)  # beside the copy that it was loaded from
+    weights = noted or (weights_digest(folder) if folder.is_dir() else commit)
+    return cache_key(weights=weights, config=config_digest(base.config))
 
 
 # ── data ──

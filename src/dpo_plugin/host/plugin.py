@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback
 from dpo_plugin.config import asks_for_plugin
 from dpo_plugin.engines.sharded import reference_digest
 from dpo_plugin.errors import AdapterError, ConfigError, report_errors
+from dpo_plugin.host import base_model
 from dpo_plugin.host import datasets as host_datasets
 from dpo_plugin.host.commands import running
 from dpo_plugin.host.log import LOG
@@ -25,6 +26,7 @@ from dpo_plugin.host.versions import check_versions
 from dpo_plugin.host.workarounds import (
     accept_fsdp2_with_nf4,
     ignore_deprecated_collectives,
+    load_base_through,
     share_parameter_wrappers,
 )
 from dpo_plugin.host.yaml_keys import typed
@@ -98,6 +100,7 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         check_host_memory(raw, self.settings)
         accept_fsdp2_with_nf4(TRAINER)
         share_parameter_wrappers()
+        load_base_through(load_base)
         cfg["trainer_cls"] = TRAINER
         cfg["logging_nan_inf_filter"] = bool(cfg.get("logging_nan_inf_filter"))  # before the host's default, true
 
@@ -147,6 +150,13 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         stays = self.settings is not None and not self.settings.reference.strategy.moves
         if stays and isinstance(model, PolicyReferenceModel) and model.has_reference:
             check_reference_unchanged(model)
+
+
+def load_base(loader: Any, theirs: Callable[[], Any]) -> Any:
+    """Load the base of one of our runs; any other is the host's."""
+    if loader.cfg.trainer_cls != TRAINER:
+        return theirs()
+    return base_model.load(loader, theirs, DPOPlugin.active().run_settings())
 
 
 def settings_for_evaluation(cfg: Any, settings: RunSettings) -> RunSettings:

@@ -39,7 +39,7 @@ class RunSettings:
         policy: The adapter that the policy starts from, or None for a fresh LoRA or full fine-tuning.
         reference: Where the reference's log-probs come from.
         engine: How the run is spread over processes, and its precision.
-        loading: Whether a 4-bit base is loaded layer by layer, and if not, why.
+        loading: Whether a 4-bit base is loaded in parts.
         revision: Revision of the base model on the hub, if the YAML names one.
         numerics: Keys of the YAML that decide how the base is quantised and computes, for the cache's key.
         template: ``chat_template``, ``chat_template_jinja`` and ``chat_template_kwargs``.

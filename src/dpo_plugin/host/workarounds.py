@@ -9,13 +9,14 @@ Lines are those of the newest host that has the fault: of axolotl 0.21 with TRL 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import transformers.trainer
+from axolotl.loaders.model import ModelLoader
 from axolotl.utils.schemas.validation import OptimizationValidationMixin
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import ParamWrapper
@@ -84,6 +85,21 @@ def share_parameter_wrappers() -> None:
 
     LoraModel._create_and_replace = _create_and_replace
     LoraModel._inject_parameters = _inject_parameters
+
+
+@cache
+def load_base_through(load: Callable[[Any, Callable[[], Any]], Any]) -> None:
+    """Let the host's loader get the base model from ``load``, which is given the loader and the host's own way.
+
+    axolotl 0.19 to 0.21 puts a 4-bit base whole onto each GPU that ZeRO-3 or FSDP2 is to shard it over
+    (loaders/model.py, _set_device_map_config). tests/ranks/test_loading.py compares the memory of both ways.
+    """
+    theirs = ModelLoader._load_model_from_pretrained
+
+    def _load_model_from_pretrained(self: Any, *args: Any) -> Any:
+        return load(self, partial(theirs, self, *args))
+
+    ModelLoader._load_model_from_pretrained = _load_model_from_pretrained
 
 
 def ignore_deprecated_collectives() -> None:

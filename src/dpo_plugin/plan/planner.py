@@ -213,6 +213,12 @@ class Planner:
             "notes": self._notes(),
         }
 
+    def base_bytes(self) -> int:
+        """Bytes of the base as it is quantised, or not."""
+        sizes = self.model(self.cfg).sizes
+        given = inputs.plan_input(self.cfg, self.used, 1, self.reference, self.compute)
+        return sum(engines.linear_bytes(sizes, given)) + sum(sizes.other) * given.width
+
     def host_shortage(self) -> str | None:
         """Explain that the config offloads to a host with too little memory; None where it does not."""
         if not self.engine.offloads:

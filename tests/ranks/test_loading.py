@@ -1,0 +1,61 @@
+"""A 4-bit base that two ranks map from a copy on disk: the weights, losses and adapter of the host's own loading."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.ranks.shipped import STEPS, config
+from tests.support.cpu_ranks import launch, records
+
+ENGINES = ("zero3-nf4", "fsdp2-nf4")
+RECORD = ("tests.support.loaded_base.LoadedBase",)
+
+
+def start(name, base_dir, sft, folder, prepared, loading, **settings):
+    section = {"loading": loading, "reference": {"cache": False}}
+    steps = {"max_steps": STEPS, "save_steps": STEPS // 2}
+    cfg = config(name, base_dir, sft, folder, **steps, **settings)
+    return launch({**cfg, "dpo_plugin": section, "dataset_prepared_path": str(prepared)}, folder, more_plugins=RECORD)
+
+
+def loaded(run):
+    return [json.loads((records(run.output_dir) / f"loaded-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def runs(name, base_dir, sft, tmp_path_factory):
+    """The host's way, a first start that makes the copy, and a second that finds it."""
+    folder = tmp_path_factory.mktemp(name)
+    found = {}
+    for kind, loading in (("host", "host"), ("first", None), ("second", "sharded")):
+        found[kind] = start(name, base_dir, sft, folder / kind, folder / f"prepared-{loading == 'host'}", loading)
+        assert found[kind].returncode == 0, found[kind].error()
+    return found
+
+
+def test_every_tensor_is_what_the_host_would_have_loaded(runs, base_dir):
+    expected = loaded(runs["host"])
+    assert len(expected[0]["four_bit"]) > 4
+    assert not expected[0]["mapped"]
+    for kind in ("first", "second"):
+        for ours, theirs in zip(loaded(runs[kind]), expected, strict=True):
+            assert ours["mapped"]
+            assert ours["digests"] == theirs["digests"]
+            assert ours["name"] == theirs["name"] == str(base_dir)
+
+
+def test_losses_and_adapter_are_equal_to_the_last_bit(runs):
+    host = runs["host"]
+    assert len(host.lines) == STEPS
+    for kind in ("first", "second"):
+        for field in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
+            assert [line[field] for line in runs[kind].lines] == [line[field] for line in host.lines], field
+        ours, theirs = (load_file(run.output_dir / "adapter_model.safetensors") for run in (runs[kind], host))
+        assert all((ours[key] == theirs[key]).all() for key in theirs)
+        assert ours.keys() == theirs.keys()
