@@ -14,6 +14,7 @@ from torch import nn
 from dpo_plugin.engines.config import EngineSettings
 from dpo_plugin.engines.ranks import check_ranks_agree, gather_object, patient_group
 from dpo_plugin.errors import ConfigError
+from dpo_plugin.model.cache import weights_digest
 from dpo_plugin.model.quantised_copy import damage, digest_of, discard, is_there
 
 
@@ -102,6 +103,18 @@ def make_on_each_node(folder: Path, make: Callable[[], None], warn: Callable[[st
                 discard(folder)
             gather_object(None, group)
         check_ranks_agree({"the base's copy in 4 bits": digest_of(folder)}, group)
+
+
+def check_same_base(base: str, config: Any) -> None:
+    """Check that all ranks see the same base, which each of them reads itself; all must call.
+
+    Raises:
+        RankMismatchError: On all ranks, if nodes have different ones.
+    """
+    folder = Path(base).expanduser()
+    seen = weights_digest(folder) if folder.is_dir() else getattr(config, "_commit_hash", None)
+    with patient_group() as group:
+        check_ranks_agree({"base_model": seen}, group)
 
 
 def _together(work: Callable[[], None] | None, group: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from axolotl.loaders.utils import load_model_config
 from axolotl.utils.distributed import init_distributed_state
 
 from dpo_plugin.compute.attention import prefix_sharing_blocker
-from dpo_plugin.engines.loading import make_on_each_node
+from dpo_plugin.engines.loading import check_same_base, make_on_each_node
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.settings import RunSettings
@@ -101,7 +100,9 @@ def load(loader: Any, theirs: Callable[[], Any], settings: RunSettings) -> Any:
         LOG.info(f"dpo_plugin: each GPU holds the whole base in 4 bits before it is sharded, because {why}")
         return theirs()
     loader.cfg.embeddings_skip_upcast = True  # to fp32 and back would take each of them into the host's memory
+    init_distributed_state()
     if stored:
+        check_same_base(loader.base_model, loader.model_config)
         return _map(loader, theirs, loader.base_model, None)
     made_of = identity(
         files,
@@ -111,11 +112,19 @@ def load(loader: Any, theirs: Callable[[], Any], settings: RunSettings) -> Any:
         versions={name: version(name) for name in ("bitsandbytes", "transformers")},
     )
     root = Path(loader.cfg.dataset_prepared_path or "last_run_prepared") / "bases"
-    folder, size = folder_of(root, loader.base_model, made_of), _bytes_of_copy(loader.cfg, settings, files)
-    init_distributed_state()
-    make = partial(write, folder, theirs, {**made_of, "base": loader.base_model}, size)
+    folder = folder_of(root, loader.base_model, made_of)
+    made_of["base"] = loader.base_model
+
+    def make() -> None:
+        size, _ = _planned(loader.cfg, settings) or (sum(file.stat().st_size for file in files), None)
+        LOG.info(f"dpo_plugin: the base is quantised once, into {folder}, {size / 2**30:.1f} GiB")
+        write(folder, theirs, made_of, size)
+
     make_on_each_node(folder, make, LOG.warning)
-    LOG.info(f"dpo_plugin: the base is loaded layer by layer from its copy in 4 bits, {folder}")
+    if os.environ.get("RANK", "0") == "0":
+        planned = _planned(loader.cfg, settings)
+        peak = f"; each GPU holds at most {planned[1] / 2**30:.1f} GiB meanwhile" if planned else ""
+        LOG.info(f"dpo_plugin: the base is loaded layer by layer from its copy in 4 bits, {folder}{peak}")
     return _map(loader, theirs, str(folder), manifest_of(folder)["weights"])
 
 
@@ -134,13 +143,14 @@ def _cannot_be_mapped(loader: Any, stored: Any, files: list[Path]) -> str | None
     return None
 
 
-def _bytes_of_copy(cfg: Any, settings: RunSettings, files: list[Path]) -> int:
+def _planned(cfg: Any, settings: RunSettings) -> tuple[int, int] | None:
+    """Bytes of the base in 4 bits, and of a GPU while it is loaded, if they can be planned."""
     from dpo_plugin.plan.planner import Planner, this_machine
 
     try:
-        return Planner(cfg, "this config", this_machine(), settings.config, settings.engine).base_bytes()
+        return Planner(cfg, "this config", this_machine(), settings.config, settings.engine).loading()
     except ConfigError:
-        return sum(file.stat().st_size for file in files)
+        return None
 
 
 def _map(loader: Any, theirs: Callable[[], Any], source: str, noted: str | None) -> Any:

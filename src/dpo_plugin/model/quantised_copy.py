@@ -148,17 +148,29 @@ def write(folder: Path, load: Callable[[], Any], made_of: Mapping[str, Any], siz
         part.mkdir()
         try:
             _write_into(part, load, made_of)
-            if not is_there(folder):
-                discard(folder)
-                part.rename(folder)
+            _put(part, folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def _put(part: Path, folder: Path) -> None:
+    """Give a whole copy its name, unless another run was first."""
+    try:
+        part.rename(folder)
+    except OSError:
+        if not is_there(folder):
+            discard(folder)
+            part.rename(folder)
 
 
 def _write_into(part: Path, load: Callable[[], Any], made_of: Mapping[str, Any]) -> None:
     writer = _Writer(part)
     with _quantising_into(writer):
-        model = load()
+        try:
+            model = load()
+        finally:
+            if writer.failure:  # transformers collects what conversions raise, and says something else
+                raise writer.failure
     if missing := sorted(name for name, weight in model.named_parameters() if not hasattr(weight, "is_written")):
         raise ConfigError(
             f"the checkpoint of the base model lacks {len(missing)} of its weights, the first is {missing[0]}, so "
@@ -203,10 +215,13 @@ class _Writer:
 
     def __init__(self, folder: Path):
         self.folder, self.index = folder, dict[str, str]()
+        self.failure: Exception | None = None
         self._pending, self._bytes, self._number = dict[str, Tensor](), 0, 0
 
     def add(self, name: str, value: Tensor) -> nn.Parameter:
         """Take a tensor with its quantisation state, if it has one; return one of its shape without memory."""
+        if self.failure:
+            raise self.failure
         state = getattr(value, "quant_state", None)
         tensors = {f"{name}.{key}": one for key, one in state.as_dict(packed=True).items()} if state else {}
         for key, one in {name: value.data, **tensors}.items():
@@ -223,7 +238,11 @@ class _Writer:
         if self._pending:
             self._number += 1
             name = f"model-{self._number:05d}.safetensors"
-            save_file(self._pending, self.folder / name, metadata={"format": "pt"})
+            try:
+                save_file(self._pending, self.folder / name, metadata={"format": "pt"})
+            except Exception as error:
+                self.failure = error
+                raise
             self.index |= dict.fromkeys(self._pending, name)
             self._pending, self._bytes = {}, 0
 

@@ -213,11 +213,12 @@ class Planner:
             "notes": self._notes(),
         }
 
-    def base_bytes(self) -> int:
-        """Bytes of the base as it is quantised, or not."""
+    def loading(self) -> tuple[int, int]:
+        """Bytes of the base as it is quantised, and of a GPU of the config's own engine while it is loaded."""
+        given = inputs.plan_input(self.cfg, self.used, self.machine.gpus, self.reference, self.compute)
         sizes = self.model(self.cfg).sizes
-        given = inputs.plan_input(self.cfg, self.used, 1, self.reference, self.compute)
-        return sum(engines.linear_bytes(sizes, given)) + sum(sizes.other) * given.width
+        base = sum(engines.linear_bytes(sizes, given)) + sum(sizes.other) * given.width
+        return base, self.engine_bytes(self.used, self.cfg, given).load
 
     def host_shortage(self) -> str | None:
         """Explain that the config offloads to a host with too little memory; None where it does not."""

@@ -58,6 +58,8 @@ def leave_out_engine(cfg: Any) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         for key in ENGINE_KEYS:
             cfg.pop(key, None)
+        if hasattr(cfg.get("dpo_plugin"), "pop"):
+            cfg["dpo_plugin"].pop("loading", None)  # it is about engines
 
 
 def intended_rl(cfg: Any) -> str:
