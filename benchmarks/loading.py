@@ -24,8 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -38,18 +37,25 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from dpo_plugin.config import parse_config
 from dpo_plugin.plan import engines as planned
+from dpo_plugin.plan.inputs import plan_input
 from dpo_plugin.plan.planner import Machine, Planner
-from tests.ranks.shipped import config
+from tests.ranks.shipped import BF16, config
 from tests.support import tiny
 from tests.support.cpu_ranks import launch, records
 
+ROOT = Path(__file__).parents[1]
 RANKS = 2
 MIB = 2**20
-ENGINES = {
+LAYERS = {"fsdp_config": {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}}
+ONCE = {"cpu_ram_efficient_loading": True}
+ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero3": ("zero3-nf4", {}),
-    "fsdp2": ("fsdp2-nf4", {"fsdp_config": {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}}),
+    "fsdp2": ("fsdp2-nf4", LAYERS),
+    "zero3-bf16": ("zero3-nf4", BF16),
+    "fsdp2-bf16": ("fsdp2-bf16-loaded-once", {"fsdp_config": {**LAYERS["fsdp_config"], **ONCE}}),
 }
 STARTS = {"host": "host", "first": "sharded", "second": "sharded"}
+"""What is done in 4 bits; LoRA on a base in 16 bits has the host's way alone."""
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
 
@@ -60,15 +66,18 @@ class Probe(BasePlugin):
     """Samples a rank's anonymous memory while it loads, and notes when it has taken a step."""
 
     def pre_model_load(self, cfg: Any) -> None:
+        """Begin."""
         self.before, self.peak, self.loading = anonymous(), 0, True
         threading.Thread(target=self.sample, daemon=True).start()
 
     def sample(self) -> None:
+        """Keep the largest value until training begins."""
         while self.loading:
             self.peak = max(self.peak, anonymous())
             time.sleep(0.005)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        """End with the first step."""
         return [Noting(self, cfg.output_dir)]
 
 
@@ -79,10 +88,12 @@ class Noting(TrainerCallback):
         self.probe, self.output_dir = probe, output_dir
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Stop sampling: the engine has what it holds."""
         self.probe.loading = False
         self.left = anonymous() - self.probe.before
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Write what was found."""
         seconds = time.time() - float(os.environ["LAUNCHED"])
         found = {"peak": self.probe.peak - self.probe.before, "left": self.left, "first_step": seconds}
         rank = os.environ["RANK"]
@@ -124,6 +135,7 @@ def make_base(folder: Path, layers: int, hidden: int) -> None:
 
 
 def drawn(name: str, size: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Draw a matrix; a norm's weights are 1."""
     if len(size) == 1:
         return torch.ones(size, dtype=torch.bfloat16)
     return torch.empty(size, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
@@ -157,7 +169,7 @@ def start(engine: str, kind: str, base: Path, sft: Path, folder: Path) -> list[d
     out = folder / f"{engine}-{kind}"
     cfg = config(name, base, sft, out, **own, **short, **off, **lora)
     cfg |= {"dpo_plugin": section, "dataset_prepared_path": str(folder / f"prepared-{engine}")}
-    if engine == "zero3":  # of the recipe's, which would keep most of so small a layer whole
+    if engine.startswith("zero3"):  # of the recipe's, which would keep most of so small a layer whole
         cfg["deepspeed"] = json.loads((ROOT / cfg["deepspeed"]).read_text(encoding="utf-8"))
         cfg["deepspeed"]["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     run = launch(cfg, out, RANKS, 3600, more_plugins=("benchmarks.loading.Probe",), LAUNCHED=str(time.time()))
@@ -171,11 +183,11 @@ def sizes_of(engine: str, base: Path, sft: Path) -> dict[str, int]:
     name, own = ENGINES[engine]
     cfg = config(name, base, sft, base.parent / engine, **own)
     found = {}
-    for kind in ("host", "sharded"):
+    for kind in ("host",) if engine.endswith("bf16") else ("host", "sharded"):
         section = parse_config({"loading": kind})
         planner = Planner(cfg, engine, Machine(RANKS, 0, 0), section)
-        given = planned_input(planner, cfg, engine)
-        found[f"planned {kind}"] = planner.engine_bytes(engine, cfg, given).load
+        given = plan_input(cfg, planner.used, RANKS, planner.reference, planner.compute)
+        found[f"planned {kind}"] = planner.engine_bytes(planner.used, cfg, given).load
     model = planner.model(cfg).sizes
     linear = sum(planned.linear_bytes(model, given))
     return {
@@ -186,19 +198,13 @@ def sizes_of(engine: str, base: Path, sft: Path) -> dict[str, int]:
     }
 
 
-def planned_input(planner: Planner, cfg: dict[str, Any], column: str) -> Any:
-    from dpo_plugin.plan.inputs import plan_input
-
-    return plan_input(cfg, column, RANKS, planner.reference, planner.compute)
-
-
 def report(engine: str, found: dict[str, list[dict[str, float]]], sizes: dict[str, int]) -> list[str]:
     """Say what was measured, and whether it is below shard + 2 layers + adapters + 15 %."""
     peaks = {kind: [round(rank["peak"] / MIB) for rank in ranks] for kind, ranks in found.items()}
     steps = {kind: max(rank["first_step"] for rank in ranks) for kind, ranks in found.items()}
     most = 1.15 * (sizes["base"] / RANKS + 2 * sizes["layer"] + sizes["adapters"]) / MIB
     lines = [
-        f"{engine}: base in 4 bits {sizes['base'] / MIB:.0f} MiB, a layer {sizes['layer'] / MIB:.1f}, both adapters "
+        f"{engine}: base {sizes['base'] / MIB:.0f} MiB, a layer {sizes['layer'] / MIB:.1f}, both adapters "
         f"{sizes['adapters'] / MIB:.0f}; shard + 2 layers + adapters + 15 % = {most:.0f} MiB",
         "| start | peak of each rank, MiB | of both, to the host's | by plan, MiB | first step, s | to the host's |",
         "|---|---|---|---|---|---|",
@@ -212,10 +218,11 @@ def report(engine: str, found: dict[str, list[dict[str, float]]], sizes: dict[st
 
 
 def main() -> None:
+    """Measure, print tables, and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=61)
     parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--engines", default="zero3,fsdp2")
+    parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     names = ("torch", "transformers", "bitsandbytes", "deepspeed", "accelerate", "axolotl")
@@ -228,11 +235,12 @@ def main() -> None:
         make_base(base, args.layers, args.hidden)
         make_adapter(base, sft)
         for engine in args.engines.split(","):
-            found = {kind: start(engine, kind, base, sft, folder) for kind in STARTS}
+            kinds = ["host"] if engine.endswith("bf16") else list(STARTS)
+            found = {kind: start(engine, kind, base, sft, folder) for kind in kinds}
             sizes = sizes_of(engine, base, sft)
             kept[engine] = {"starts": found, "bytes": sizes}
             print("\n".join(report(engine, found, sizes)), flush=True)
-            shutil.rmtree(folder / f"prepared-{engine}")
+            shutil.rmtree(folder / f"prepared-{engine}", ignore_errors=True)
     finally:
         shutil.rmtree(folder)
     if args.json:

@@ -115,6 +115,16 @@ def prepare(config, folder):
             "`fsdp_config.cpu_ram_efficient_loading: true`.*Write: cpu_ram_efficient_loading: false",
         ),
         (
+            {"adapter": "qlora", "load_in_4bit": True, "dpo_plugin": {"loading": "sharded"}},
+            ConfigError,
+            "`dpo_plugin.loading: sharded` is asked for, but DDP keeps the whole base on each GPU. Write: loading: host",
+        ),
+        (
+            {"dpo_plugin": {"loading": "slices"}},
+            ConfigError,
+            "dpo_plugin.loading.*'sharded' or 'host'",
+        ),
+        (
             {"adapter": None, "fsdp_version": 2, "fsdp_config": {"cpu_ram_efficient_loading": True}},
             ConfigError,
             "`adapter: None`.*Write: cpu_ram_efficient_loading: false",

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from tests.ranks.shipped import STEPS, config
 from tests.support.cpu_ranks import launch, records
+from tests.support.opened import opened_in
 
 ENGINES = ("zero3-nf4", "fsdp2-nf4")
 RECORD = ("tests.support.loaded_base.LoadedBase",)
@@ -29,14 +30,20 @@ def name(request):
 
 
 @pytest.fixture(scope="module")
-def runs(name, base_dir, sft, tmp_path_factory):
+def started(name, base_dir, sft, tmp_path_factory):
     """The host's way, a first start that makes the copy, and a second that finds it."""
     folder = tmp_path_factory.mktemp(name)
-    found = {}
+    found, opened = {}, {}
     for kind, loading in (("host", "host"), ("first", None), ("second", "sharded")):
-        found[kind] = start(name, base_dir, sft, folder / kind, folder / f"prepared-{loading == 'host'}", loading)
+        with opened_in(base_dir) as opened[kind]:
+            found[kind] = start(name, base_dir, sft, folder / kind, folder / f"prepared-{loading == 'host'}", loading)
         assert found[kind].returncode == 0, found[kind].error()
-    return found
+    return found, opened
+
+
+@pytest.fixture(scope="module")
+def runs(started):
+    return started[0]
 
 
 def test_every_tensor_is_what_the_host_would_have_loaded(runs, base_dir):
@@ -59,3 +66,33 @@ def test_losses_and_adapter_are_equal_to_the_last_bit(runs):
         ours, theirs = (load_file(run.output_dir / "adapter_model.safetensors") for run in (runs[kind], host))
         assert all((ours[key] == theirs[key]).all() for key in theirs)
         assert ours.keys() == theirs.keys()
+
+
+def test_a_second_start_reads_no_weights_in_full(started):
+    _, opened = started
+    assert "config.json" in opened["second"]
+    assert "model.safetensors" in opened["first"]
+    assert "model.safetensors" in opened["host"]
+    assert not [file for file in opened["second"] if file.endswith(".safetensors")]
+
+
+def test_the_log_says_how_the_base_is_loaded_and_what_it_takes(runs):
+    assert "each GPU holds the whole base in 4 bits before it is sharded, because `dpo_plugin.loading: host`" in (
+        " ".join(runs["host"].output.split())
+    )
+    said = " ".join(runs["first"].output.split())
+    assert said.count("the base is quantised once, into ") == 1
+    assert said.count("the base is loaded layer by layer from its copy in 4 bits") == 1
+    assert "GiB meanwhile" in said
+    assert "quantised once" not in runs["second"].output
+
+
+def test_a_run_of_the_hosts_way_goes_on_with_the_copy(name, runs, base_dir, sft, tmp_path):
+    host = runs["host"]
+    checkpoint = {"resume_from_checkpoint": str(host.output_dir / f"checkpoint-{STEPS // 2}")}
+    prepared = host.output_dir.parents[1] / "prepared-False"
+    run = start(name, base_dir, sft, tmp_path, prepared, "sharded", **checkpoint)
+    assert run.returncode == 0, run.error()
+    assert [line["loss"] for line in run.lines] == [line["loss"] for line in host.lines]
+    ours, theirs = (load_file(one.output_dir / "adapter_model.safetensors") for one in (run, host))
+    assert all((ours[key] == theirs[key]).all() for key in theirs)
