@@ -280,6 +280,9 @@ def _quantising_into(writer: _Writer) -> AbstractContextManager[None]:
         def param_needs_quantization(self, *_: Any, **__: Any) -> bool:
             return True
 
+        def param_element_size(self, *_: Any, **__: Any) -> float:
+            return 0.0  # else as much is reserved on the GPU as the model takes (caching_allocator_warmup)
+
         def get_quantize_ops(self) -> Quantize:
             return Quantize(self)
 

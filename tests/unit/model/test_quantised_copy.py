@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, modeling_utils
 
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.model import quantised_copy
@@ -97,6 +97,20 @@ def test_a_weight_stays_in_the_files_pages(copy):
     mapped = [line.split() for line in maps if str(copy) in line]
     ranges = [[int(part, 16) for part in line[0].split("-")] for line in mapped]
     assert any(start <= packed.data_ptr() < end for start, end in ranges)
+
+
+def test_no_memory_is_reserved_for_a_model_that_is_not_kept(base_dir, tmp_path, monkeypatch):
+    reserved = []
+
+    def warm_up(model, _, quantizer):
+        on_gpu = {name: torch.device("cuda", 0) for name, _ in model.named_parameters()}
+        reserved.append(sum(modeling_utils.get_total_byte_count(model, on_gpu, quantizer).values()))
+
+    monkeypatch.setattr(modeling_utils, "caching_allocator_warmup", warm_up)
+    load(base_dir)
+    copy_of(base_dir, tmp_path)
+    assert reserved[0] > 0
+    assert reserved[1] == 0
 
 
 def test_a_second_start_finds_it_and_a_changed_base_does_not(base_dir, tmp_path):
