@@ -132,20 +132,19 @@ def _together(work: Callable[[], None] | None, group: Any) -> None:
         raise ConfigError(said[0])
 
 
-def partition(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Let ZeRO-3 take a model from the host one parameter at a time; all ranks must call.
+def partition_mapped(model: Any, accelerator: Any) -> None:
+    """Let ZeRO-3 take a model that is mapped from a file one parameter at a time; all ranks must call.
 
     DeepSpeed's engine would move all of it onto the GPU first, and partition it there (0.19, runtime/engine.py:2094).
     A model that is partitioned already it does not cast, so what it would cast is cast here (:1861).
-
-    Args:
-        model: On the host, where 4-bit weights are mapped from a file.
-        config: DeepSpeed's settings.
     """
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is None or not getattr(model, "is_mapped", False):
+        return
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    device = torch.device(get_accelerator().current_device_name())
+    config, device = plugin.hf_ds_config.config, torch.device(get_accelerator().current_device_name())
     modes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = next((modes[key] for key in modes if (config.get(key) or {}).get("enabled") is True), None)
     for buffer in model.buffers():
@@ -158,6 +157,6 @@ def partition(model: nn.Module, config: Mapping[str, Any]) -> None:
             state.to(device)
         if one is None:
             one = parameter
-            deepspeed.zero.Init(module=nn.ParameterList([one]), config_dict_or_path=dict(config))
+            deepspeed.zero.Init(module=nn.ParameterList([one]), config_dict_or_path=config)
         else:
             one.convert_to_zero_parameters(param_list=[parameter])

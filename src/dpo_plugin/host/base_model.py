@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,30 @@ def _check_quantisation(cfg: Any, config: Any) -> None:
 # ── how it is loaded ──
 
 
-def load(loader: Any, theirs: Callable[[], Any], settings: RunSettings) -> Any:
+@dataclass(frozen=True)
+class Planned:
+    """Bytes of the base in 4 bits, and of a GPU at most while it is loaded."""
+
+    copy: int
+    peak: int
+
+
+def plan_loading(cfg: Any, settings: RunSettings) -> Planned | None:
+    """Plan a base that is loaded in parts, on one rank of a node; None where it is not, or cannot be planned.
+
+    To be called before the host enables ZeRO-3, under which a model that is only to be counted would be partitioned.
+    """
+    if not settings.loading.sharded or int(os.environ.get("LOCAL_RANK") or 0):
+        return None
+    from dpo_plugin.plan.planner import Planner, this_machine
+
+    try:
+        return Planned(*Planner(cfg, "this config", this_machine(), settings.config, settings.engine).loading())
+    except ConfigError:
+        return None
+
+
+def load(loader: Any, theirs: Callable[[], Any], settings: RunSettings, planned: Planned | None) -> Any:
     """Load the base: mapped from a copy in 4 bits on disk where ZeRO-3 or FSDP2 shards it, else as the host does.
 
     All ranks must call.
@@ -86,6 +110,7 @@ def load(loader: Any, theirs: Callable[[], Any], settings: RunSettings) -> Any:
         loader: The host's, with what it passes to transformers.
         theirs: Loads as the loader says.
         settings: Of the run.
+        planned: Of `plan_loading`.
 
     Raises:
         ConfigError: If the copy cannot be made, or ``loading: sharded`` is asked for and cannot be.
@@ -116,15 +141,13 @@ def load(loader: Any, theirs: Callable[[], Any], settings: RunSettings) -> Any:
     made_of["base"] = loader.base_model
 
     def make() -> None:
-        size, _ = _planned(loader.cfg, settings) or (sum(file.stat().st_size for file in files), None)
+        size = planned.copy if planned else sum(file.stat().st_size for file in files)
         LOG.info(f"dpo_plugin: the base is quantised once, into {folder}, {size / 2**30:.1f} GiB")
         write(folder, theirs, made_of, size)
 
     make_on_each_node(folder, make, LOG.warning)
-    if os.environ.get("RANK", "0") == "0":
-        planned = _planned(loader.cfg, settings)
-        peak = f"; each GPU holds at most {planned[1] / 2**30:.1f} GiB meanwhile" if planned else ""
-        LOG.info(f"dpo_plugin: the base is loaded layer by layer from its copy in 4 bits, {folder}{peak}")
+    peak = f"; each GPU holds at most {planned.peak / 2**30:.1f} GiB meanwhile" if planned else ""
+    LOG.info(f"dpo_plugin: the base is loaded layer by layer from its copy in 4 bits, {folder}{peak}")
     return _map(loader, theirs, str(folder), manifest_of(folder)["weights"])
 
 
@@ -141,16 +164,6 @@ def _cannot_be_mapped(loader: Any, stored: Any, files: list[Path]) -> str | None
     if getattr(torch, kind).is_floating_point and kind != computed:
         return f"`bnb_4bit_quant_storage: {kind}` would be read as {computed}, in which the run computes"
     return None
-
-
-def _planned(cfg: Any, settings: RunSettings) -> tuple[int, int] | None:
-    """Bytes of the base in 4 bits, and of a GPU while it is loaded, if they can be planned."""
-    from dpo_plugin.plan.planner import Planner, this_machine
-
-    try:
-        return Planner(cfg, "this config", this_machine(), settings.config, settings.engine).loading()
-    except ConfigError:
-        return None
 
 
 def _map(loader: Any, theirs: Callable[[], Any], source: str, noted: str | None) -> Any:

@@ -45,6 +45,7 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
         self.settings: RunSettings | None = None
         self.asked_for = True
         self.shown: dict[str, Any] = {}
+        self.planned: base_model.Planned | None = None
 
     @staticmethod
     def active() -> DPOPlugin:
@@ -135,6 +136,11 @@ class DPOPlugin(BasePlugin):  # type: ignore[misc]
             hold(Path(cfg.output_dir))
         return host_datasets.load_datasets(cfg, self.settings)
 
+    def pre_model_load(self, cfg: Any) -> None:
+        """Count the base before the host sets up ZeRO-3."""
+        if self.settings is not None:
+            self.planned = base_model.plan_loading(cfg, self.settings)
+
     def post_train_unload(self, cfg: Any) -> None:
         """Let another run have the output folder."""
         if self.settings is not None:
@@ -156,7 +162,8 @@ def load_base(loader: Any, theirs: Callable[[], Any]) -> Any:
     """Load the base of one of our runs; any other is the host's."""
     if loader.cfg.trainer_cls != TRAINER:
         return theirs()
-    return base_model.load(loader, theirs, DPOPlugin.active().run_settings())
+    plugin = DPOPlugin.active()
+    return base_model.load(loader, theirs, plugin.run_settings(), plugin.planned)
 
 
 def settings_for_evaluation(cfg: Any, settings: RunSettings) -> RunSettings:

@@ -39,7 +39,7 @@ class RunSettings:
         policy: The adapter that the policy starts from, or None for a fresh LoRA or full fine-tuning.
         reference: Where the reference's log-probs come from.
         engine: How the run is spread over processes, and its precision.
-        loading: Whether a 4-bit base is loaded in parts.
+        loading: Whether a 4-bit base is loaded in parts, and if not, why.
         revision: Revision of the base model on the hub, if the YAML names one.
         numerics: Keys of the YAML that decide how the base is quantised and computes, for the cache's key.
         template: ``chat_template``, ``chat_template_jinja`` and ``chat_template_kwargs``.
@@ -89,8 +89,7 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
     check_master_weights(config.compute.master_weights, engine)
     check_samples(config.samples, engine, held_out=bool(cfg.get("test_datasets") or cfg.get("val_set_size")))
     _check_losses(cfg, config, registry)
-    policy = _policy_folder(cfg)
-    jinja = cfg.get("chat_template_jinja")  # needs no name, as in the host's validator
+    policy, jinja = _policy_folder(cfg), cfg.get("chat_template_jinja")  # needs no name, as in the host's validator
     own = {} if cfg.get("adapter") else {"master_weights": config.compute.master_weights}
     return RunSettings(
         config=config,

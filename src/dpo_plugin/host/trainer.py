@@ -15,7 +15,7 @@ from dpo_plugin.compute.batching import to_pair_batch
 from dpo_plugin.compute.dropout import disable_dropout
 from dpo_plugin.compute.layouts import Comparison
 from dpo_plugin.engines import master_weights
-from dpo_plugin.engines.loading import partition
+from dpo_plugin.engines.loading import partition_mapped
 from dpo_plugin.engines.precision import adapter_values, init_master_weights, keep_logps_fp32, restore_adapter_dtype
 from dpo_plugin.engines.ranks import packs_of, without_exchange
 from dpo_plugin.engines.sharded import gather_policy, load_policy, reference_digest
@@ -137,17 +137,15 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
             CheckpointError: If the checkpoint is incomplete, damaged, not ours, or was made with something else.
         """
         reads, folder = self.accelerator.is_local_main_process, Path(self.args.output_dir)
-        checkpoint = checkpoint_to_resume(
-            resume_from_checkpoint, self.settings.resume_named, folder, self.origin, reads
-        )
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        named = self.settings.resume_named
+        found = checkpoint_to_resume(resume_from_checkpoint, named, folder, self.origin, reads)
+        return super().train(resume_from_checkpoint=found, **kwargs)
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[Any, Any]:
         """Prepare the engine, then set what it does not: fp32 masters, the reference's digest and saved values."""
-        if self.is_deepspeed_enabled and getattr(self.model, "is_mapped", False):
-            partition(self.model, self.accelerator.state.deepspeed_plugin.hf_ds_config.config)
+        partition_mapped(self.model, self.accelerator)
         prepared: tuple[Any, Any] = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is None:
             init_master_weights(self._attached)
