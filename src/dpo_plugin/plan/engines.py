@@ -28,6 +28,7 @@ class PlanInput:
         masters: Whether the optimizer's fp32 master weights are ours, as in full fine-tuning in bf16.
         second_model: Whether the reference is a model of its own.
         checkpointed: Whether decoder layers run again in backward.
+        in_parts: Whether ZeRO-3 or FSDP2 takes a 4-bit base in parts from a copy on disk (engines/loading.py).
     """
 
     ranks: int
@@ -42,6 +43,7 @@ class PlanInput:
     masters: bool = False
     second_model: bool = False
     checkpointed: bool = True
+    in_parts: bool = False
 
     def states(self, values: int, width: float) -> int:
         """Optimizer-state bytes for ``values`` parameters of ``width`` bytes."""
@@ -69,40 +71,20 @@ class EngineBytes:
 
     Attributes:
         parts: On each GPU from the second step on, by what it is.
-        load: The most on each GPU before the first step.
+        load_parts: On each GPU at the peak before the first step, by what it is.
         host: The most on the host, for all ranks.
         update: What the optimizer's step takes above ``parts``, when activations are gone.
     """
 
     parts: dict[str, int]
-    load: int
+    load_parts: dict[str, int]
     host: int = 0
     update: int = 0
 
-
-@dataclass(frozen=True)
-class Machine:
-    """GPUs of one node, and bytes of each of them and of the host."""
-
-    gpus: int
-    gpu: int
-    host: int
-
-
-@dataclass(frozen=True)
-class MemoryNeed:
-    """Bytes on each GPU, and on the host for all ranks; the values of ``parts`` add up to ``step``."""
-
-    parts: dict[str, int]
-    loss: int
-    load: int
-    step: int
-    host: int
-
-    def limit(self, machine: Machine) -> str | None:
-        """What does not fit, load, step or host; None if all does."""
-        over = {"load": self.load - machine.gpu, "step": self.step - machine.gpu, "host": self.host - machine.host}
-        return next((name for name, excess in over.items() if excess > 0), None)
+    @property
+    def load(self) -> int:
+        """The most on each GPU before the first step."""
+        return sum(self.load_parts.values())
 
 
 def linear_bytes(sizes: Sizes, given: PlanInput) -> tuple[int, int]:
@@ -128,7 +110,7 @@ def one_in_full(sizes: Sizes, given: PlanInput) -> int:
     return max(*sizes.linear, experts) * given.width if given.bits else 0
 
 
-def load_whole(sizes: Sizes, given: PlanInput, upcast: bool) -> int:
+def load_whole(sizes: Sizes, given: PlanInput, upcast: bool) -> dict[str, int]:
     """The most while a rank loads the whole model onto its GPU and attaches the adapters in fp32.
 
     Quantising holds one weight in full (transformers/core_model_loading.py takes no threads then). axolotl takes
@@ -136,8 +118,31 @@ def load_whole(sizes: Sizes, given: PlanInput, upcast: bool) -> int:
     """
     base = sum(linear_bytes(sizes, given)) + sum(sizes.other) * given.width
     wider = sum(sizes.other) * (4 - given.width) + max(sizes.other) * given.width if upcast and given.width < 4 else 0
-    adapters = 4 * (sum(sizes.policy) + sum(sizes.reference))
-    return base + max(max(sizes.linear) * given.width * bool(given.bits), wider, adapters)
+    quantised = max(sizes.linear) * given.width * bool(given.bits)
+    return {"base weights": base, "transient": max(quantised, wider, 4 * adapter_values(sizes))}
+
+
+def load_in_parts(sizes: Sizes, given: PlanInput, base: int, adapters: int, transient: int) -> dict[str, int]:
+    """The most while a rank's engine takes a 4-bit base in parts from a copy on disk.
+
+    Before, on one GPU, each weight is in full and in 4 bits while the copy is made.
+
+    Args:
+        sizes: The model.
+        given: How it is held.
+        base: Bytes that stay: the rank's shards and the quantisation states.
+        adapters: The same of both adapters.
+        transient: Most bytes that are whole at a time.
+    """
+    largest = max(sizes.linear)
+    copied = largest * given.width + sum(linear_bytes(replace(sizes, linear=(largest,)), given))
+    loaded = {"base weights": base, "adapters": adapters, "transient": transient}
+    return loaded if sum(loaded.values()) >= copied else {"transient": copied}
+
+
+def adapter_values(sizes: Sizes) -> int:
+    """Count values of both adapters."""
+    return sum(sizes.policy) + sum(sizes.reference)
 
 
 def ddp(sizes: Sizes, given: PlanInput) -> EngineBytes:
@@ -154,14 +159,14 @@ def ddp(sizes: Sizes, given: PlanInput) -> EngineBytes:
     parts = {
         "base weights": base,
         "reference model": base * given.second_model,
-        "adapters": 4 * (sum(sizes.policy) + sum(sizes.reference)),
+        "adapters": 4 * adapter_values(sizes),
         **({"master weights": master} if master else {}),
         "gradients": trained,
         "optimizer": given.states(sizes.trained, updated / sizes.trained),
         "communication": trained if given.ranks > 1 else 0,
         "weight in full": one_in_full(sizes, given),
     }
-    load = loaded * given.second_model + load_whole(sizes, given, given.upcast)
+    load = load_whole(sizes, given, given.upcast) | {"reference model": loaded * given.second_model}
     return EngineBytes(parts, load, 0, updated - trained + updated * (not given.fused))
 
 
@@ -196,13 +201,17 @@ def zero3(sizes: Sizes, given: PlanInput, zero: Zero3) -> EngineBytes:
         "communication": copies * min(total - small, window) + width * (zero.bucket + min(sizes.trained, zero.bucket)),
         "weight in full": one_in_full(sizes, given),
     }
-    host = ranks * (copies * shard + total_adapters // ranks) * (not on_gpu)
+    fresh, moved = 4 * adapter_values(sizes), ranks * copies * shard * (not on_gpu)
+    host = moved + ranks * (total_adapters // ranks) * (not on_gpu)
     host += ranks * (master + gradients + moments) * (not states_on_gpu)
-    if given.bits:  # transformers skips zero.Init for quantised models (modeling_utils.py, get_init_context)
+    if given.in_parts:
+        load = load_in_parts(sizes, given, parts["base weights"], fresh, 2 * max(n * w for n, w in base))
+        host = max(host, moved + ranks * fresh)
+    elif given.bits:  # transformers skips zero.Init for quantised models (modeling_utils.py, get_init_context)
         load = load_whole(sizes, given, given.upcast)
     else:
-        load = copies * shard * on_gpu + 2 * width * max(n for n, _ in base)
-        load += 4 * (sum(sizes.policy) + sum(sizes.reference))
+        gathered = {"adapters": fresh, "transient": 2 * width * max(n for n, _ in base)}
+        load = {"base weights": shard * on_gpu, "reference model": (copies - 1) * shard * on_gpu, **gathered}
     return EngineBytes(parts, load, host, 4 * own * states_on_gpu * (not given.fused))
 
 
@@ -227,8 +236,8 @@ def fsdp2(sizes: Sizes, given: PlanInput, offload: bool, one_rank_loads: bool) -
     linear, states = linear_bytes(sizes, given)
     base = linear + sum(sizes.other) * width
     root = (sum(sizes.other) - sizes.layers * sizes.layer_other) * width
-    layer = linear * sizes.layer_linear // sum(sizes.linear) + sizes.layer_other * width
-    layer += sum(sizes.reference) * width // sizes.layers
+    bare = linear * sizes.layer_linear // sum(sizes.linear) + sizes.layer_other * width
+    layer = bare + sum(sizes.reference) * width // sizes.layers
     full = not sizes.policy
     held = 4 * sizes.trained if given.masters else base  # what is gathered from fp32 shards is of the other width
     trained = (held if full else 4 * sum(sizes.policy)) // ranks
@@ -245,9 +254,15 @@ def fsdp2(sizes: Sizes, given: PlanInput, offload: bool, one_rank_loads: bool) -
     models = held + base * given.second_model
     kept = models + 4 * sum(sizes.policy) + width * sum(sizes.reference)
     host = kept + ranks * (trained + moments) if offload else 0
-    if given.bits:
-        return EngineBytes(parts, load_whole(sizes, given, False), host, trained * on_gpu * (not given.fused))
-    largest = max(*sizes.linear, *sizes.other) * (4 if given.masters else width)
-    load = models // ranks * on_gpu + max(2 * largest, root, layer)
-    reading = max(copies * base, held) * (1 if one_rank_loads else ranks)
+    if given.in_parts:
+        fresh = 4 * adapter_values(sizes)
+        transient = max(root, bare + fresh // sizes.layers)
+        load = load_in_parts(sizes, given, parts["base weights"], fresh // ranks * on_gpu, transient)
+        reading = base * offload + ranks * fresh
+    elif given.bits:
+        load, reading = load_whole(sizes, given, False), 0
+    else:
+        largest = max(*sizes.linear, *sizes.other) * (4 if given.masters else width)
+        load = {"base weights": models // ranks * on_gpu, "transient": max(2 * largest, root, layer)}
+        reading = max(copies * base, held) * (1 if one_rank_loads else ranks)
     return EngineBytes(parts, load, max(host, reading), trained * on_gpu * (not given.fused))

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from dpo_plugin.compute import attention
 from dpo_plugin.config import ComputeConfig, ReferenceConfig
 from dpo_plugin.engines.config import SHIPPED, EngineSettings, check_fsdp, fsdp_keys, offloads
+from dpo_plugin.engines.loading import Loading
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.model.adapters import POLICY, REFERENCE
 from dpo_plugin.model.references import ReferenceStrategy, strategy_name
@@ -160,8 +161,20 @@ def _lora(cfg: Mapping[str, Any], folder: Any) -> LoraConfig:
     )
 
 
+def loading(cfg: Mapping[str, Any], column: str, engine: EngineSettings) -> Loading:
+    """Choose how a column's engine gets a 4-bit base; one that is not the config's own, as if it were."""
+    by_host = (cfg.get("dpo_plugin") or {}).get("loading") == "host"
+    planned = replace(engine, name=column.removesuffix("_offload"))
+    return Loading.choose("host" if by_host else None, cfg, planned)
+
+
 def plan_input(
-    cfg: Mapping[str, Any], column: str, ranks: int, reference: ReferenceConfig, compute: ComputeConfig
+    cfg: Mapping[str, Any],
+    column: str,
+    ranks: int,
+    engine: EngineSettings,
+    reference: ReferenceConfig,
+    compute: ComputeConfig,
 ) -> PlanInput:
     """Collect what decides how many bytes a config's model takes on an engine."""
     optimizer = str(cfg.get("optimizer") or "adamw_torch_fused")
@@ -182,6 +195,7 @@ def plan_input(
         masters=compute.master_weights and full and column in ("ddp", "fsdp2") and in_bf16(cfg),
         second_model=full and reference_strategy(cfg, reference).needs_second_model,
         checkpointed=bool(cfg.get("gradient_checkpointing") or fsdp_keys(cfg).get("activation_checkpointing")),
+        in_parts=loading(cfg, column, engine).sharded,
     )
 
 

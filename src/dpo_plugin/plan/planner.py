@@ -13,11 +13,14 @@ import torch
 import yaml
 
 from dpo_plugin.config import DPOPluginConfig, parse_config
-from dpo_plugin.engines.config import SHIPPED, EngineSettings, may_load_once
+from dpo_plugin.engines.config import SHIPPED, EngineSettings, fsdp_keys, may_load_once
+from dpo_plugin.engines.loading import Loading
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.plan import engines, inputs
 from dpo_plugin.plan.activations import Activations, PlannedModel
-from dpo_plugin.plan.engines import COLUMNS, EngineBytes, Machine, MemoryNeed, PlanInput
+from dpo_plugin.plan.changes import possible_changes
+from dpo_plugin.plan.engines import COLUMNS, EngineBytes, PlanInput
+from dpo_plugin.plan.machine import Machine, MemoryNeed
 from dpo_plugin.plan.table import engine_lines
 
 GIB = 2**30
@@ -27,9 +30,6 @@ CONTEXT = 3 * GIB // 2
 
 PROCESS = 2 * GIB
 """Bytes of the host that a process takes: 0.74 GiB were measured for its imports, the rest is assumed."""
-
-SHORTEST = 512
-"""Least ``sequence_len`` that is proposed."""
 
 
 def make_plan(
@@ -87,6 +87,7 @@ class Planner:
         self.engine = engine or EngineSettings.read(cfg)
         self.used = inputs.planned_engine(cfg, self.engine)
         settings = settings or parse_config(cfg.get("dpo_plugin"))
+        Loading.choose(settings.loading, cfg, self.engine)  # its error, where `sharded` cannot be
         self.compute, self.reference = settings.compute, settings.reference
         self._models: dict[str, PlannedModel] = {}
         inputs.adapter_configs(cfg, self.reference)  # its errors before the hub is asked
@@ -108,6 +109,10 @@ class Planner:
                 ) from error
         return self._models[key]
 
+    def given(self, column: str, cfg: Mapping[str, Any]) -> PlanInput:
+        """Collect what decides about a variant's bytes on an engine."""
+        return inputs.plan_input(cfg, column, self.machine.gpus, self.engine, self.reference, self.compute)
+
     def engine_bytes(self, column: str, cfg: Mapping[str, Any], given: PlanInput) -> EngineBytes:
         """Compute what an engine holds besides activations."""
         sizes = self.model(cfg).sizes
@@ -116,7 +121,7 @@ class Planner:
         if column == "fsdp2":
             fsdp = self.engine.fsdp
             one_rank_loads = bool(fsdp.get("cpu_ram_efficient_loading", not fsdp and may_load_once(cfg)))
-            return engines.fsdp2(sizes, given, bool(fsdp.get("offload_params")), one_rank_loads)
+            return engines.fsdp2(sizes, given, bool(fsdp_keys(cfg).get("offload_params")), one_rank_loads)
         hidden = self.config.get_text_config().hidden_size
         return engines.zero3(sizes, given, inputs.zero3_settings(self.engine, column, hidden, given.width))
 
@@ -138,7 +143,7 @@ class Planner:
 
     def need(self, column: str, cfg: Mapping[str, Any]) -> MemoryNeed:
         """Compute what an engine needs for a variant."""
-        given = inputs.plan_input(cfg, column, self.machine.gpus, self.reference, self.compute)
+        given = self.given(column, cfg)
         held = self.engine_bytes(column, cfg, given)
         try:
             found = self.activations(cfg, given, column)
@@ -149,32 +154,36 @@ class Planner:
             ) from error
         working = max(found.forward, found.backward, held.update - found.kept, 0)
         parts = {**held.parts, "activations": found.kept, "working set": working, "CUDA context": CONTEXT}
-        host = held.host + self.machine.gpus * PROCESS
-        return MemoryNeed(parts, found.loss, held.load + CONTEXT, sum(parts.values()), host)
+        load_parts = {**held.load_parts, "CUDA context": CONTEXT}
+        return MemoryNeed(parts, load_parts, found.loss, held.host + self.machine.gpus * PROCESS)
 
     def change(self, column: str) -> dict[str, Any] | None:
         """Find keys that make the config fit an engine: empty if it fits; None if nothing that was tried makes it."""
-        made: dict[str, Any] = {}
-        while limit := self.need(column, {**self.cfg, **made}).limit(self.machine):
-            more = _next_change({**self.cfg, **made}, column, limit, "adapter" in made)
-            if more is None:
+        made: list[dict[str, Any]] = []
+        while limit := self._need(column, made).limit(self.machine):
+            tried = possible_changes(self._changed(made), column, limit, self.engine, any("adapter" in m for m in made))
+            fits_host = (one for one in tried if self._need(column, [*made, one]).host <= self.machine.host)
+            if (more := next(fits_host, None)) is None:
                 return None
-            if more.get("load_in_4bit") is False:
-                made.pop("embeddings_skip_upcast", None)  # of no use then
-            made |= more
-        return made
+            made.append(more)
+        for one in reversed(made):  # a later change may have made an earlier one useless
+            others = [other for other in made if other is not one]
+            if self._need(column, others).limit(self.machine) is None:
+                made = others
+        return {key: value for one in made for key, value in one.items()}
+
+    def _changed(self, made: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self.cfg, **{key: value for one in made for key, value in one.items()}}
+
+    def _need(self, column: str, made: list[dict[str, Any]]) -> MemoryNeed:
+        return self.need(column, self._changed(made))
 
     def verdict(self, column: str) -> dict[str, Any]:
         """Report one engine's numbers, whether it fits, what limits it, and what to write."""
         if self.cfg.get("load_in_8bit") and column != "ddp":
             return {"fits": False, "limit": "load_in_8bit", "change": None, "recipe": []}
         need, change = self.need(column, self.cfg), self.change(column)
-        limit, recipe = need.limit(self.machine), []
-        if change is not None:
-            changed = {**self.cfg, **change}
-            if column != self.used:
-                recipe = engine_lines(column, changed, self.model(changed).sizes.layer_class)
-            recipe += [yaml.safe_dump({key: value}).strip() for key, value in change.items()]
+        limit = need.limit(self.machine)
         return {
             "fits": limit is None,
             "limit": limit,
@@ -182,10 +191,20 @@ class Planner:
             "step_gib": gib(need.step),
             "host_gib": gib(need.host),
             "parts_gib": {part: gib(size) for part, size in need.parts.items()},
+            "load_parts_gib": {part: gib(size) for part, size in need.load_parts.items()},
             "loss_stage_gib": gib(need.loss),
             "change": change,
-            "recipe": recipe,
+            "recipe": [] if change is None else self._recipe(column, change),
         }
+
+    def _recipe(self, column: str, change: dict[str, Any]) -> list[str]:
+        """Write the lines of a change, and those that switch to the engine where it is not the config's own."""
+        changed, lines = {**self.cfg, **change}, []
+        if column != self.used:
+            lines = engine_lines(column, changed, self.model(changed).sizes.layer_class)
+            change = {key: value for key, value in change.items() if key != "fsdp_config"}  # those lines have it
+        written = (yaml.safe_dump({key: value}, sort_keys=False) for key, value in change.items())
+        return [*lines, *(line for text in written for line in text.splitlines())]
 
     def result(self) -> dict[str, Any]:
         """Plan every engine, JSON-ready.
@@ -196,7 +215,7 @@ class Planner:
         if shortage := self.host_shortage():
             raise ConfigError(shortage)
         sizes = self.model(self.cfg).sizes
-        given = inputs.plan_input(self.cfg, self.used, self.machine.gpus, self.reference, self.compute)
+        given, copied = self.given(self.used, self.cfg), self.copy_bytes()
         step = inputs.longest_step(self.cfg, self.compute, self.config, given, self.used)
         return {
             "config": self.path,
@@ -208,6 +227,7 @@ class Planner:
             "trained_parameters": sizes.trained,
             "reference_adapter_parameters": sum(sizes.reference),
             "bits": given.bits,
+            "copy_on_disk_gib": copied and gib(copied),
             "tokens_per_forward": 2 * step.pairs * step.length,
             "engines": {column: self.verdict(column) for column in COLUMNS},
             "notes": self._notes(),
@@ -234,8 +254,22 @@ class Planner:
             f"Write: deepspeed: {SHIPPED}"
         )
 
+    def copy_bytes(self) -> int | None:
+        """Count bytes on disk of the copy in 4 bits that ZeRO-3 and FSDP2 load in parts; None where they cannot."""
+        sizes, given = self.model(self.cfg).sizes, self.given("fsdp2", self.cfg)
+        copied = sum(engines.linear_bytes(sizes, given)) + sum(sizes.other) * given.width
+        return copied if given.in_parts else None
+
     def _notes(self) -> list[str]:
         cfg, notes = self.cfg, []
+        if copied := self.copy_bytes():
+            notes.append(
+                "ZeRO-3 and FSDP2 load the base in parts from a copy in 4 bits, made at the first start: it takes "
+                f"{gib(copied):.1f} GiB on disk, next to dataset_prepared_path"
+            )
+        elif cfg.get("load_in_4bit") and self.engine.shards_parameters:
+            why = inputs.loading(cfg, self.used, self.engine).blocker
+            notes.append(f"every GPU holds the whole base while it is loaded: {why}")
         folder, optimizer = cfg.get("lora_model_dir"), str(cfg.get("optimizer") or "adamw")
         if cfg.get("adapter") and folder and not (Path(folder) / "adapter_config.json").is_file():
             notes.append(f"`lora_model_dir: {folder}` is not here, so the YAML's lora_* tell the adapters' shape")
@@ -244,28 +278,6 @@ class Planner:
         if "adamw" not in optimizer:
             notes.append(f"`optimizer: {optimizer}` is planned as AdamW, with two states per trained value")
         return notes
-
-
-def _next_change(cfg: Mapping[str, Any], column: str, limit: str, tried: bool) -> dict[str, Any] | None:
-    """Choose the next change to try: first what leaves the result as it is, a shorter sequence last.
-
-    ``limit`` is what does not fit, ``tried`` whether the base has another precision than the config's already.
-    """
-    length, pairs = int(cfg.get("sequence_len") or 512), int(cfg.get("micro_batch_size") or 1)
-    four, step = bool(cfg.get("load_in_4bit")), limit == "step"
-    load = limit == "load" and four
-    fresh = {} if cfg.get("adapter") else {"lora_r": 16, "lora_alpha": 16, "lora_target_linear": True}
-    eight = {"load_in_8bit": False} if cfg.get("load_in_8bit") else {}
-    sharded = {"adapter": "lora", "load_in_4bit": False}  # zero.Init and FSDP2 shard it as it is read
-    changes: list[tuple[bool, dict[str, Any]]] = [
-        (load and column != "fsdp2" and not cfg.get("embeddings_skip_upcast"), {"embeddings_skip_upcast": True}),
-        (load and column != "ddp" and not tried, sharded),
-        (step and not cfg.get("gradient_checkpointing"), {"gradient_checkpointing": True}),
-        (step and pairs > 1, {"micro_batch_size": pairs // 2}),
-        (limit != "host" and not four and not tried, {"adapter": "qlora", "load_in_4bit": True, **eight, **fresh}),
-        (step and length // 2 >= SHORTEST, {"sequence_len": length // 2}),
-    ]
-    return next((change for helps, change in changes if helps), None)
 
 
 def gib(size: float) -> float:

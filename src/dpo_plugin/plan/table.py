@@ -7,8 +7,11 @@ from typing import Any
 
 from rich.table import Table
 
-from dpo_plugin.engines.config import SHIPPED, may_load_once
+from dpo_plugin.engines.config import SHIPPED, fsdp_keys, may_load_once
 from dpo_plugin.plan.engines import COLUMNS
+
+OFFLOADED = "deepspeed_configs/zero3_bf16_offload.json"
+"""`SHIPPED` with parameters and optimizer states on the host."""
 
 PEAKS = {"load": "peak of loading", "step": "peak of a step", "host": "host, all ranks"}
 """What an engine must fit → its row in the table."""
@@ -18,16 +21,17 @@ ROWS = (
     "weight in full", "activations", "working set", "CUDA context",
 )  # fmt: skip
 
+LOAD_ROWS = ("base weights", "reference model", "adapters", "transient", "CUDA context")
+
 
 def engine_lines(column: str, cfg: Mapping[str, Any], layer_class: str) -> list[str]:
     """Write the YAML lines that switch a config to another engine; FSDP2 wraps the decoder layers, ``layer_class``."""
     lines = []
     if column.startswith("zero3"):
-        moved = ' with "offload_param": {"device": "cpu"} and "offload_optimizer": {"device": "cpu"}'
-        copy = f"<a copy of {SHIPPED}{moved} in zero_optimization>"
-        lines = [f"deepspeed: {SHIPPED if column == 'zero3' else copy}"]
+        lines = [f"deepspeed: {SHIPPED if column == 'zero3' else OFFLOADED}"]
     if column == "fsdp2":
-        keys = f"offload_params: false, cpu_ram_efficient_loading: {str(may_load_once(cfg)).lower()}"
+        offload = str(bool(fsdp_keys(cfg).get("offload_params"))).lower()
+        keys = f"offload_params: {offload}, cpu_ram_efficient_loading: {str(may_load_once(cfg)).lower()}"
         wrap = f"auto_wrap_policy: TRANSFORMER_BASED_WRAP, transformer_layer_cls_to_wrap: {layer_class}"
         more = "reshard_after_forward: true, state_dict_type: FULL_STATE_DICT"
         lines = ["fsdp_version: 2", f"fsdp_config: {{{keys}, {wrap}, {more}}}"]
@@ -42,11 +46,12 @@ def plan_report(plan: Mapping[str, Any]) -> list[Any]:
     table = Table("", title=f"{plan['config']}: GiB on each of {plan['gpus']} GPUs of {plan['gpu_memory_gib']:g} GiB")
     for engine in known:
         table.add_column(COLUMNS[engine] + (" (config)" if engine == plan["engine"] else ""), justify="right")
-    for part in ROWS:
-        sizes = [found["parts_gib"].get(part, 0) for found in known.values()]
-        if any(sizes):
-            table.add_row(part, *(f"{size:.2f}" if size else "" for size in sizes))
-    table.add_section()
+    for prefix, key, rows in (("", "parts_gib", ROWS), ("loading: ", "load_parts_gib", LOAD_ROWS)):
+        for part in rows:
+            sizes = [found[key].get(part, 0) for found in known.values()]
+            if any(sizes):
+                table.add_row(prefix + part, *(f"{size:.2f}" if size else "" for size in sizes))
+        table.add_section()
     for limit, name in PEAKS.items():
         table.add_row(name, *(f"{found[f'{limit}_gib']:.2f}" for found in known.values()))
     table.add_row("fits", *("yes" if found["fits"] else f"no: {found['limit']}" for found in known.values()))

@@ -427,10 +427,19 @@ def test_the_72b_recipe(tmp_path):
     assert plan["trained_parameters"] == 210_534_400
     assert plan["tokens_per_forward"] == 4096
     assert all(found["fits"] for found in plan["engines"].values())
-    # the whole 4-bit model, 38.38 GiB, its embeddings, head and norms in fp32 for a moment, and CUDA's context
-    others, embedding = 2_493_554_688, 152064 * 8192
-    weights = 70_212_648_960 // 2 + 1_097_072_640 + 17_141_760 + 2 * others
-    assert zero["load_gib"] == pytest.approx((weights + 2 * others + 2 * embedding + CONTEXT) / GIB, abs=2e-3)
+    others, embedding, states = 2_493_554_688, 152064 * 8192, 1_097_072_640 + 17_141_760
+    weights, adapters = 70_212_648_960 // 2 + 2 * others, 2 * 210_534_400
+    # an eighth of the 4-bit model; whole: block maxima, biases and norms, adapters in fp32 and twice the embeddings
+    small = 2 * (161 * 8192 + 80 * 10240)
+    load = weights // 8 + states + small + 4 * adapters + 2 * 2 * embedding + CONTEXT
+    assert zero["load_gib"] == pytest.approx(load / GIB, abs=2e-3)
+    assert plan["copy_on_disk_gib"] == pytest.approx((weights + states) / GIB, abs=1e-3)
+    assert any("takes 38.4 GiB on disk" in note for note in plan["notes"])
+    # DDP loads the whole model, its embeddings, head and norms in fp32 for a moment
+    whole = weights + states + 2 * others + 2 * embedding + CONTEXT
+    assert plan["engines"]["ddp"]["load_gib"] == pytest.approx(whole / GIB, abs=2e-3)
+    for found in plan["engines"].values():
+        assert found["load_gib"] == pytest.approx(sum(found["load_parts_gib"].values()), abs=0.01)
     assert zero["step_gib"] == pytest.approx(sum(zero["parts_gib"].values()), abs=0.01)
     assert zero["recipe"] == []
 
@@ -477,12 +486,16 @@ def test_what_is_proposed_fits_when_it_is_written(tmp_path, tenths, keys):
 
 
 def test_a_whole_quantised_model_that_does_not_load_is_sharded_instead(tmp_path):
-    """36 GiB of CUDA context and model: no 4-bit load of 72B, but a bf16 one that ZeRO-3 partitions as it is read."""
-    made = planner(tmp_path, Machine(8, 36 * GIB, 2000 * GIB), QWEN72B)
+    """36 GiB of CUDA context and model: no 4-bit load of 72B, but a bf16 one that ZeRO-3 partitions as it is read.
+
+    Code that is not the library's keeps the base from being loaded in parts.
+    """
+    whole = {"trust_remote_code": True}
+    made = planner(tmp_path, Machine(8, 36 * GIB, 2000 * GIB), QWEN72B, **whole)
     assert made.need("zero3", made.cfg).limit(made.machine) == "load"
     assert made.change("zero3") == {"adapter": "lora", "load_in_4bit": False}
     assert made.change("ddp") is None
-    larger = planner(tmp_path, replace(made.machine, gpu=44 * GIB), QWEN72B)
+    larger = planner(tmp_path, replace(made.machine, gpu=44 * GIB), QWEN72B, **whole)
     assert larger.change("zero3") == {"embeddings_skip_upcast": True}
 
 
@@ -621,3 +634,134 @@ def test_the_arithmetic_loads_neither_axolotl_nor_trl():
     code = "import sys, dpo_plugin.plan.planner; print(*{name.split('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"axolotl", "trl"} & set(done.stdout.split())
+
+
+# ── loading in parts ──
+
+PARTS = replace(QLORA, in_parts=True)
+
+
+ROOMY = replace(HAND, linear=(16384,) * 8, other=(1000, 30000))
+"""As `HAND`, in smaller weights and a larger embedding: 65536 + 62000 bytes and 2080 of states."""
+
+
+def test_zero3_in_parts_by_hand():
+    """The rank's 31884 + 2000 + 2080 of the step, both adapters in fp32, and twice the largest parameter, 60000 bytes."""
+    zero = Zero3(persistence=1000)
+    held = sharding.zero3(ROOMY, PARTS, zero)
+    assert held.load_parts == {"base weights": 35964, "adapters": 4 * 1536, "transient": 2 * 60000}
+    assert held.load == 35964 + 6144 + 120000
+    assert held.host == 4 * 6144, "adapters in fp32 on every rank"
+    assert held.parts == sharding.zero3(ROOMY, QLORA, zero).parts, "a step takes what it takes"
+    moved = sharding.zero3(ROOMY, PARTS, replace(zero, offload_parameters=True))
+    assert moved.load_parts == {**held.load_parts, "base weights": 2000 + 2080}
+    assert moved.host == 4 * (31884 + 6144)
+
+
+def test_fsdp2_in_parts_by_hand():
+    """A quarter of 127536 and 2080 whole, a quarter of both adapters in fp32, and what is in no layer, 60000 bytes.
+
+    Without it a layer is the most that is whole: half of the packed weights, 500 values, half of both adapters in fp32.
+    """
+    held = sharding.fsdp2(ROOMY, PARTS, offload=False, one_rank_loads=False)
+    assert held.load_parts == {"base weights": 127536 // 4 + 2080, "adapters": 1536, "transient": 60000}
+    assert held.host == 4 * 6144
+    rootless = sharding.fsdp2(replace(ROOMY, other=(1000,)), PARTS, offload=False, one_rank_loads=False)
+    assert rootless.load_parts["transient"] == 32768 + 1000 + 4 * 1536 // 2
+    moved = sharding.fsdp2(ROOMY, PARTS, offload=True, one_rank_loads=False)
+    assert moved.load_parts == {"base weights": 2080, "adapters": 0, "transient": 60000}
+    assert moved.host == 127536 + 4 * 6144
+
+
+@pytest.mark.parametrize("engine", [sharding.zero3, sharding.fsdp2])
+def test_making_the_copy_counts_where_it_takes_more_than_loading_it(engine):
+    """One weight of 65536 in bf16 and in 4 bits, with a byte for each of 1024 blocks and 4 for each of 4 groups."""
+    settings = (Zero3(persistence=0),) if engine is sharding.zero3 else (False, False)
+    assert engine(HAND, PARTS, *settings).load_parts == {"transient": 131072 + 32768 + 1024 + 16}
+
+
+@pytest.mark.parametrize("column", ["zero3", "fsdp2"])
+def test_a_72b_base_loads_onto_eight_gpus_of_24_gb(tmp_path, column):
+    made = planner(tmp_path, Machine(8, 47 * GIB // 2, 640 * GIB), QWEN72B)
+    assert made.need(column, made.cfg).load < 24 * GIB
+    assert made.need(column, made.cfg).limit(made.machine) is None
+
+
+@pytest.mark.parametrize("column", ["zero3", "zero3_offload", "fsdp2"])
+def test_where_the_host_loads_the_base_every_gpu_holds_it_whole(tmp_path, column):
+    made = planner(tmp_path, NODE, QWEN72B, dpo_plugin={"loading": "host"})
+    whole = made.need("ddp", made.cfg).load_parts["base weights"]
+    assert made.need(column, made.cfg).load_parts["base weights"] == whole > 38 * GIB
+    assert made.copy_bytes() is None
+    in_parts = planner(tmp_path, NODE, QWEN72B)
+    assert in_parts.need(column, in_parts.cfg).load_parts["base weights"] < whole / 6
+    assert in_parts.need("ddp", in_parts.cfg).load_parts["base weights"] == whole
+
+
+def test_loading_in_parts_is_the_first_thing_proposed(tmp_path):
+    """An entry of its own beside what the section says already, written so that it is planned as proposed."""
+    section = {"loading": "host", "compute": {"logits_chunk": 64}}
+    made = planner(tmp_path, Machine(8, 47 * GIB // 2, 640 * GIB), QWEN72B, dpo_plugin=section)
+    for column in ("zero3", "zero3_offload", "fsdp2"):
+        assert made.need(column, made.cfg).limit(made.machine) == "load"
+        found = made.verdict(column)
+        assert found["change"] == {"dpo_plugin": {**section, "loading": "sharded"}}
+        written = yaml.safe_load("\n".join(found["recipe"]))
+        assert written["dpo_plugin"] == found["change"]["dpo_plugin"]
+    assert made.change("ddp") is None
+    again = planner(tmp_path, made.machine, QWEN72B, **written)
+    assert again.used == "fsdp2"
+    assert again.need("fsdp2", again.cfg).limit(made.machine) is None
+
+
+def test_a_run_that_cannot_load_in_parts_says_why(tmp_path):
+    zero = {"deepspeed": zero_file(tmp_path)}
+    plan = plan_of(config_file(tmp_path, **zero, trust_remote_code=True), 2, 80, 64)
+    assert plan["copy_on_disk_gib"] is None
+    assert any("`trust_remote_code: true`" in note for note in plan["notes"])
+    with pytest.raises(ConfigError, match="loading: sharded.*trust_remote_code.*Write: loading: host"):
+        plan_of(config_file(tmp_path, **zero, trust_remote_code=True, dpo_plugin={"loading": "sharded"}), 2, 80, 64)
+
+
+FSDP = {"fsdp_version": 2, "fsdp_config": {"offload_params": False, "reshard_after_forward": True}}
+
+
+def test_fsdp2_moves_shards_to_the_host_before_anything_is_shortened(tmp_path):
+    """One GPU: states, embeddings, head and the layers in work stay there, all else goes to a host that can hold it."""
+    made = planner(tmp_path, Machine(1, 24 * GIB, 100 * GIB), QWEN72B, sequence_len=1024, **FSDP)
+    assert made.need("fsdp2", made.cfg).limit(made.machine) == "load"
+    change = made.change("fsdp2")
+    assert change == {"fsdp_config": {"offload_params": True, "reshard_after_forward": True}}
+    moved, states = made.need("fsdp2", {**made.cfg, **change}), 1_097_072_640 + 17_141_760
+    assert moved.parts["base weights"] == moved.load_parts["base weights"] == states
+    assert moved.parts["adapters"] == moved.parts["optimizer"] == moved.parts["gradients"] == 0
+    assert moved.parts["communication"] > 2 * 2 * 152064 * 8192
+    assert moved.host > 40 * GIB
+    assert yaml.safe_load("\n".join(made.verdict("fsdp2")["recipe"])) == change
+    made.machine = replace(made.machine, host=20 * GIB)
+    assert made.change("fsdp2") is None
+    other = planner(tmp_path, Machine(1, 24 * GIB, 100 * GIB), QWEN72B, sequence_len=1024).verdict("fsdp2")
+    lines = yaml.safe_load("\n".join(other["recipe"]))
+    assert lines["fsdp_config"]["offload_params"] is True
+
+
+@pytest.mark.parametrize(
+    ("column", "name"), [("ddp", "adamw_8bit"), ("zero3", "adamw_8bit"), ("fsdp2", "adamw_torch_8bit")]
+)
+def test_states_of_8_bits_are_proposed_under_the_name_that_the_engine_takes(tmp_path, column, name):
+    """A tenth of the states is too much; the host has no room for what FSDP2 would move there."""
+    made = planner(tmp_path, NODE, QWEN72B, sequence_len=1024)
+    need = made.need(column, made.cfg)
+    made.machine = replace(made.machine, gpu=need.step - need.parts["optimizer"] // 10, host=need.host)
+    assert made.change(column) == {"optimizer": name}
+    made.cfg = {**made.cfg, "optimizer": "lion_8bit"}
+    assert "optimizer" not in (made.change(column) or {})
+
+
+def test_a_change_that_a_later_one_makes_useless_is_not_proposed(tmp_path):
+    """States of 8 bits are tried first, but the sequence is what has to be halved."""
+    made = planner(tmp_path, Machine(4, 47 * GIB // 2, 64 * GIB), QWEN72B, sequence_len=2048)
+    assert made.need("zero3", made.cfg).limit(made.machine) == "step"
+    narrow = made.need("zero3", {**made.cfg, "optimizer": "adamw_8bit"})
+    assert narrow.limit(made.machine) == "step"
+    assert made.change("zero3") == {"sequence_len": 1024}
