@@ -216,6 +216,44 @@ def test_the_memory_in_a_recipes_head_is_what_the_plan_says(name, tmp_path):
     assert round((sum(found.linear) + sum(found.other)) / 1e9, 1) == billions
 
 
+@pytest.mark.parametrize("name", ["qwen72b-dpo", "qwen72b-dpo-fsdp", "qwen72b-dpo-24gb", "qwen72b-dpo-2x48gb"])
+def test_the_memory_in_a_72b_recipes_head_is_what_the_plan_says(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "config.json").write_text(json.dumps(bases_of.QWEN72B), encoding="utf-8")
+    text = (ROOT / f"recipes/{name}.yaml").read_text(encoding="utf-8")
+    head = " ".join(line.removeprefix("#").strip() for line in text.split("base_model:")[0].splitlines())
+    load, step = re.search(r"planned are (\d+) GiB while it is loaded and (\d+) GiB in a step", head).groups()
+    gpus, memory = re.search(rf"plan recipes/{name}.yaml --gpus (\d) --gpu-memory ([\d.]+)", head).groups()
+    cfg = yaml.safe_load(text) | {"base_model": str(tmp_path)}
+    planner = Planner(cfg, name, Machine(gpus=int(gpus), gpu=round(float(memory) * GIB), host=128 * GIB))
+    own = planner.verdict(planner.used)
+    assert own["fits"]
+    assert (round(own["load_gib"]), round(own["step_gib"])) == (int(load), int(step))
+    assert f"{planner.copy_bytes() / GIB:.1f} GiB on disk" in head
+    assert not (cfg.get("fsdp_config") or {}).get("cpu_ram_efficient_loading")
+    if name == "qwen72b-dpo-24gb":
+        planner.machine = Machine(gpus=8, gpu=planner.machine.gpu, host=128 * GIB)
+        longer = planner.need("fsdp2", {**cfg, "sequence_len": 2048})
+        assert longer.limit(planner.machine) is None
+        assert round(longer.step / GIB) == int(re.search(r"2048 then fits, (\d+) GiB in a step", head)[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "like", "keys"),
+    [
+        ("-24gb", "-fsdp", {"output_dir", "gradient_accumulation_steps", "sequence_len"}),
+        ("-2x48gb", "", {"output_dir", "gradient_accumulation_steps"}),
+    ],
+)
+def test_a_72b_recipe_for_small_cards_differs_as_its_head_says(name, like, keys):
+    ours, theirs = (
+        yaml.safe_load((ROOT / f"recipes/qwen72b-dpo{one}.yaml").read_text(encoding="utf-8")) for one in (name, like)
+    )
+    assert {key for key in ours | theirs if ours.get(key) != theirs.get(key)} == keys
+    gpus = {"-24gb": 4, "-2x48gb": 2}[name]
+    assert ours["gradient_accumulation_steps"] * gpus == theirs["gradient_accumulation_steps"] * 8 == 128
+
+
 def test_the_72b_recipe_is_the_published_one(base_dir, tmp_path, monkeypatch):
     recipe = ROOT / "recipes/qwen72b-dpo.yaml"
     cfg = validated(recipe, adapter_for(recipe, base_dir, tmp_path), monkeypatch)

@@ -166,6 +166,12 @@ FAMILIES = {
 }  # fmt: skip
 """How a base's name begins → its family."""
 
+QWEN72B = {
+    "model_type": "qwen2", "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False,
+}  # fmt: skip
+"""What the config.json of Qwen/Qwen2.5-72B-Instruct says of sizes."""
+
 
 def family_of(base_model: str) -> str:
     """Find the key of `FAMILIES` that a recipe's base belongs to."""
