@@ -35,10 +35,9 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
-from dpo_plugin.config import parse_config
-from dpo_plugin.plan import engines as planned
-from dpo_plugin.plan.inputs import plan_input
-from dpo_plugin.plan.planner import Machine, Planner
+from dpo_plugin.plan.engines import linear_bytes
+from dpo_plugin.plan.machine import Machine
+from dpo_plugin.plan.planner import CONTEXT, Planner
 from tests.ranks.shipped import BF16, config
 from tests.support import tiny
 from tests.support.cpu_ranks import launch, records
@@ -184,17 +183,16 @@ def sizes_of(engine: str, base: Path, sft: Path) -> dict[str, int]:
     cfg = config(name, base, sft, base.parent / engine, **own)
     found = {}
     for kind in ("host",) if engine.endswith("bf16") else ("host", "sharded"):
-        section = parse_config({"loading": kind})
-        planner = Planner(cfg, engine, Machine(RANKS, 0, 0), section)
-        given = plan_input(cfg, planner.used, RANKS, planner.reference, planner.compute)
-        found[f"planned {kind}"] = planner.engine_bytes(planner.used, cfg, given).load
-    model = planner.model(cfg).sizes
-    linear = sum(planned.linear_bytes(model, given))
+        chosen = {**cfg, "dpo_plugin": {"loading": kind}}
+        planner = Planner(chosen, engine, Machine(RANKS, 0, 0))
+        found[f"planned {kind}"] = planner.load_peak() - CONTEXT
+    sizes, given = planner.model(cfg).sizes, planner.given(planner.used, cfg)
+    linear = sum(linear_bytes(sizes, given))
     return {
         **found,
-        "base": planner.loading()[0],
-        "layer": linear * model.layer_linear // sum(model.linear) + model.layer_other * 2,
-        "adapters": 4 * (sum(model.policy) + sum(model.reference)),
+        "base": planner.base_bytes(),
+        "layer": linear * sizes.layer_linear // sum(sizes.linear) + sizes.layer_other * 2,
+        "adapters": 4 * (sum(sizes.policy) + sum(sizes.reference)),
     }
 
 

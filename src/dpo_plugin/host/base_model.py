@@ -96,7 +96,8 @@ def plan_loading(cfg: Any, settings: RunSettings) -> Planned | None:
     from dpo_plugin.plan.planner import Planner, this_machine
 
     try:
-        return Planned(*Planner(cfg, "this config", this_machine(), settings.config, settings.engine).loading())
+        planner = Planner(cfg, "this config", this_machine(), settings.config, settings.engine)
+        return Planned(planner.base_bytes(), planner.load_peak())
     except ConfigError:
         return None
 

@@ -233,12 +233,14 @@ class Planner:
             "notes": self._notes(),
         }
 
-    def loading(self) -> tuple[int, int]:
-        """Bytes of the base as it is quantised, and of a GPU of the config's own engine while it is loaded."""
-        given = inputs.plan_input(self.cfg, self.used, self.machine.gpus, self.reference, self.compute)
-        sizes = self.model(self.cfg).sizes
-        base = sum(engines.linear_bytes(sizes, given)) + sum(sizes.other) * given.width
-        return base, self.engine_bytes(self.used, self.cfg, given).load
+    def base_bytes(self) -> int:
+        """Count bytes of the base as it is quantised, or not."""
+        sizes, given = self.model(self.cfg).sizes, self.given(self.used, self.cfg)
+        return sum(engines.linear_bytes(sizes, given)) + sum(sizes.other) * given.width
+
+    def load_peak(self) -> int:
+        """Count bytes of a GPU while the base is loaded on the config's own engine."""
+        return self.engine_bytes(self.used, self.cfg, self.given(self.used, self.cfg)).load + CONTEXT
 
     def host_shortage(self) -> str | None:
         """Explain that the config offloads to a host with too little memory; None where it does not."""
@@ -256,9 +258,7 @@ class Planner:
 
     def copy_bytes(self) -> int | None:
         """Count bytes on disk of the copy in 4 bits that ZeRO-3 and FSDP2 load in parts; None where they cannot."""
-        sizes, given = self.model(self.cfg).sizes, self.given("fsdp2", self.cfg)
-        copied = sum(engines.linear_bytes(sizes, given)) + sum(sizes.other) * given.width
-        return copied if given.in_parts else None
+        return self.base_bytes() if self.given("fsdp2", self.cfg).in_parts else None
 
     def _notes(self) -> list[str]:
         cfg, notes = self.cfg, []
