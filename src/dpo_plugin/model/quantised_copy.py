@@ -6,6 +6,7 @@ it converts nothing: a weight stays in the file's own pages until an engine take
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -245,6 +246,13 @@ class _Writer:
                 raise
             self.index |= dict.fromkeys(self._pending, name)
             self._pending, self._bytes = {}, 0
+            _return_freed_memory()
+
+
+def _return_freed_memory() -> None:
+    """Give the system what glibc keeps of freed weights: 0.6 GB after as much of them, more with each (Linux alone)."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def staying_on_host() -> AbstractContextManager[None]:
