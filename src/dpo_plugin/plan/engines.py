@@ -261,6 +261,8 @@ def fsdp2(sizes: Sizes, given: PlanInput, offload: bool, one_rank_loads: bool) -
         reading = base * offload + ranks * fresh
     elif given.bits:
         load, reading = load_whole(sizes, given, False), 0
+        shards = (base + 4 * adapter_values(sizes)) // ranks * on_gpu  # beside the model: its state dict is held until
+        load["transient"] = max(load["transient"], shards)  # all is sharded (accelerate/fsdp2.py, original_sd)
     else:
         largest = max(*sizes.linear, *sizes.other) * (4 if given.masters else width)
         load = {"base weights": models // ranks * on_gpu, "transient": max(2 * largest, root, layer)}

@@ -692,6 +692,10 @@ def test_where_the_host_loads_the_base_every_gpu_holds_it_whole(tmp_path, column
     made = planner(tmp_path, NODE, QWEN72B, dpo_plugin={"loading": "host"})
     whole = made.need("ddp", made.cfg).load_parts["base weights"]
     assert made.need(column, made.cfg).load_parts["base weights"] == whole > 38 * GIB
+    sizes = made.model(made.cfg).sizes
+    states = sum(sizes.linear) // 64 + sum(sizes.linear) // 64 // 256 * 4  # which are not cut
+    shards = (whole - states + 4 * (sum(sizes.policy) + sum(sizes.reference))) // NODE.gpus
+    assert made.need("fsdp2", made.cfg).load_parts["transient"] == shards > 4.8 * GIB
     assert made.copy_bytes() is None
     in_parts = planner(tmp_path, NODE, QWEN72B)
     assert in_parts.need(column, in_parts.cfg).load_parts["base weights"] < whole / 6
