@@ -158,19 +158,25 @@ def make_adapter(base: Path, folder: Path) -> None:
 # ── starts ──
 
 
-def start(engine: str, kind: str, base: Path, sft: Path, folder: Path) -> list[dict[str, float]]:
-    """Train one step, and return what each rank has noted."""
+def settings(engine: str, loading: str, base: Path, sft: Path, folder: Path) -> dict[str, Any]:
+    """Make the config of a start: a shipped recipe, of which one step is trained."""
     name, own = ENGINES[engine]
-    section = {"loading": STARTS[kind], "reference": {"cache": False}, "compute": {"prefix_sharing": False}}
+    section = {"loading": loading, "reference": {"cache": False}, "compute": {"prefix_sharing": False}}
     short = {"max_steps": 1, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "save_steps": None}
     off = {"save_strategy": "no", "eval_strategy": "no", "eval_steps": None, "test_datasets": None}
     lora = {"lora_r": LORA["r"], "lora_alpha": LORA["lora_alpha"], "lora_target_modules": LORA["target_modules"]}
-    out = folder / f"{engine}-{kind}"
-    cfg = config(name, base, sft, out, **own, **short, **off, **lora)
-    cfg |= {"dpo_plugin": section, "dataset_prepared_path": str(folder / f"prepared-{engine}")}
+    cfg = config(name, base, sft, folder, **own, **short, **off, **lora)
+    cfg |= {"dpo_plugin": section, "dataset_prepared_path": str(folder.parent / f"prepared-{engine}")}
     if engine.startswith("zero3"):  # of the recipe's, which would keep most of so small a layer whole
         cfg["deepspeed"] = json.loads((ROOT / cfg["deepspeed"]).read_text(encoding="utf-8"))
         cfg["deepspeed"]["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return cfg
+
+
+def start(engine: str, kind: str, base: Path, sft: Path, folder: Path) -> list[dict[str, float]]:
+    """Train one step, and return what each rank has noted."""
+    out = folder / f"{engine}-{kind}"
+    cfg = settings(engine, STARTS[kind], base, sft, out)
     run = launch(cfg, out, RANKS, 3600, more_plugins=("benchmarks.loading.Probe",), LAUNCHED=str(time.time()))
     if run.returncode:
         sys.exit(run.error())
@@ -178,14 +184,12 @@ def start(engine: str, kind: str, base: Path, sft: Path, folder: Path) -> list[d
 
 
 def sizes_of(engine: str, base: Path, sft: Path) -> dict[str, int]:
-    """Bytes by `plan`: the base in 4 bits, a layer of it, both adapters in fp32, and the peak of loading either way."""
-    name, own = ENGINES[engine]
-    cfg = config(name, base, sft, base.parent / engine, **own)
+    """Bytes by `plan`: the base, a layer of it, both adapters in fp32, and the peak of loading either way."""
     found = {}
-    for kind in ("host",) if engine.endswith("bf16") else ("host", "sharded"):
-        chosen = {**cfg, "dpo_plugin": {"loading": kind}}
-        planner = Planner(chosen, engine, Machine(RANKS, 0, 0))
-        found[f"planned {kind}"] = planner.load_peak() - CONTEXT
+    for loading in ("host",) if engine.endswith("bf16") else ("host", "sharded"):
+        cfg = settings(engine, loading, base, sft, base.parent / engine)
+        planner = Planner(cfg, engine, Machine(RANKS, 0, 0))
+        found[f"planned {loading}"] = planner.load_peak() - CONTEXT
     sizes, given = planner.model(cfg).sizes, planner.given(planner.used, cfg)
     linear = sum(linear_bytes(sizes, given))
     return {

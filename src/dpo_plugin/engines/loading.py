@@ -15,7 +15,7 @@ from dpo_plugin.engines.config import EngineSettings
 from dpo_plugin.engines.ranks import check_ranks_agree, gather_object, patient_group
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.model.cache import weights_digest
-from dpo_plugin.model.quantised_copy import damage, digest_of, discard, is_there
+from dpo_plugin.model.quantised_copy import damage, digest_of, discard, is_there, return_freed_memory
 
 
 @dataclass(frozen=True)
@@ -160,3 +160,4 @@ def partition_mapped(model: Any, accelerator: Any) -> None:
             deepspeed.zero.Init(module=nn.ParameterList([one]), config_dict_or_path=config)
         else:
             one.convert_to_zero_parameters(param_list=[parameter])
+        return_freed_memory()

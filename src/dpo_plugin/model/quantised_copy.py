@@ -230,6 +230,7 @@ class _Writer:
             self._bytes += one.nbytes
         if self._bytes >= _AT_ONCE:
             self.flush()
+        return_freed_memory()
         stub = nn.Parameter(torch.zeros(1, dtype=value.dtype).expand(value.shape), requires_grad=False)
         stub.is_written = True  # type: ignore[attr-defined]
         return stub
@@ -246,11 +247,10 @@ class _Writer:
                 raise
             self.index |= dict.fromkeys(self._pending, name)
             self._pending, self._bytes = {}, 0
-            _return_freed_memory()
 
 
-def _return_freed_memory() -> None:
-    """Give the system what glibc keeps of freed weights: 0.6 GB after as much of them, more with each (Linux alone)."""
+def return_freed_memory() -> None:
+    """Give the system what glibc keeps of freed weights, else as much again as was freed of them (Linux alone)."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
