@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.ranks.shipped import STEPS, config
+from tests.support import tiny
 from tests.support.cpu_ranks import launch, records
 from tests.support.opened import opened_in
 
@@ -96,3 +99,22 @@ def test_a_run_of_the_hosts_way_goes_on_with_the_copy(name, runs, base_dir, sft,
     assert [line["loss"] for line in run.lines] == [line["loss"] for line in host.lines]
     ours, theirs = (load_file(one.output_dir / "adapter_model.safetensors") for one in (run, host))
     assert all((ours[key] == theirs[key]).all() for key in theirs)
+
+
+def test_a_base_that_is_stored_in_4_bits_is_mapped_as_it_is(name, runs, base_dir, sft, tmp_path):
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_storage=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    stored = tmp_path / "stored"
+    model = AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=quantisation, dtype=torch.bfloat16)
+    model.save_pretrained(stored)
+    tiny.tokenizer().save_pretrained(stored)
+    run = start(name, stored, sft, tmp_path, tmp_path / "prepared", "sharded")
+    assert run.returncode == 0, run.error()
+    assert not (tmp_path / "prepared" / "bases").exists()
+    assert loaded(run)[1]["digests"] == loaded(runs["host"])[1]["digests"]
+    assert [line["loss"] for line in run.lines] == [line["loss"] for line in runs["host"].lines]

@@ -15,7 +15,8 @@ from dpo_plugin.engines.config import EngineSettings
 from dpo_plugin.engines.ranks import check_ranks_agree, gather_object, patient_group
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.model.cache import weights_digest
-from dpo_plugin.model.quantised_copy import damage, digest_of, discard, is_there, return_freed_memory
+from dpo_plugin.model.quantised_copy import damage, digest_of, discard, is_there
+from dpo_plugin.model.quantising import return_freed_memory
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from dpo_plugin.engines.loading import check_same_base, make_on_each_node
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.host.log import LOG
 from dpo_plugin.host.settings import RunSettings
-from dpo_plugin.model.quantised_copy import folder_of, identity, manifest_of, staying_on_host, weight_files, write
+from dpo_plugin.model.quantised_copy import folder_of, identity, manifest_of, weight_files, write
+from dpo_plugin.model.quantising import staying_on_host
 from dpo_plugin.model.target_parameters import check_expert_count
 
 DEQUANTIZE = "model_quantization_config: Mxfp4Config, model_quantization_config_kwargs: {dequantize: true}"
@@ -98,7 +99,8 @@ def plan_loading(cfg: Any, settings: RunSettings) -> Planned | None:
     try:
         planner = Planner(cfg, "this config", this_machine(), settings.config, settings.engine)
         return Planned(planner.base_bytes(), planner.load_peak())
-    except ConfigError:
+    except Exception as error:  # the log then lacks a figure, which must not end the run
+        LOG.info(f"dpo_plugin: what loading takes is not known: {error}")
         return None
 
 

@@ -6,7 +6,6 @@ it converts nothing: a weight stays in the file's own pages until an engine take
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -14,28 +13,21 @@ import shutil
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers.integrations.bitsandbytes import Bnb4bitQuantize
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.model.cache import weights_digest
+from dpo_plugin.model.quantising import Writer, quantising_into
 
 MANIFEST = "manifest.json"
 """Written last: what the copy was made of, and the digests of its files."""
-
-_AT_ONCE = 1 << 26
-"""Bytes that are gathered before they are written as a file; a weight that is larger has a file of its own."""
 
 
 def weight_files(base: str, revision: str | None = None) -> list[Path]:
@@ -139,19 +131,29 @@ def write(folder: Path, load: Callable[[], Any], made_of: Mapping[str, Any], siz
     Raises:
         ConfigError: If the disk is full or refuses files, or the checkpoint lacks weights of the model.
     """
-    with _writing(folder, size):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        free = shutil.disk_usage(folder.parent).free
-        if free < size:
-            raise OSError(f"{free / 2**30:.1f} GiB are free")
-        part = folder.with_name(f"{folder.name}.partial-{socket.gethostname()}-{os.getpid()}")
-        part.mkdir()
-        try:
-            _write_into(part, load, made_of)
+    guard = partial(_writing, folder, size)
+    with guard():
+        part = _new_part(folder, size)
+    try:
+        writer = Writer(part, guard)
+        model = _load_into(writer, load)
+        with guard():
+            _finish(writer, model, made_of)
             _put(part, folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _new_part(folder: Path, size: int) -> Path:
+    """Make the folder that a copy is written into, beside its own."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    free = shutil.disk_usage(folder.parent).free
+    if free < size:
+        raise OSError(f"{free / 2**30:.1f} GiB are free")
+    part = folder.with_name(f"{folder.name}.partial-{socket.gethostname()}-{os.getpid()}")
+    part.mkdir()
+    return part
 
 
 def _put(part: Path, folder: Path) -> None:
@@ -164,9 +166,9 @@ def _put(part: Path, folder: Path) -> None:
             part.rename(folder)
 
 
-def _write_into(part: Path, load: Callable[[], Any], made_of: Mapping[str, Any]) -> None:
-    writer = _Writer(part)
-    with _quantising_into(writer):
+def _load_into(writer: Writer, load: Callable[[], Any]) -> Any:
+    """Load the base, of which each weight goes to the writer, and return the model that is left."""
+    with quantising_into(writer):
         try:
             model = load()
         finally:
@@ -177,7 +179,13 @@ def _write_into(part: Path, load: Callable[[], Any], made_of: Mapping[str, Any])
             f"the checkpoint of the base model lacks {len(missing)} of its weights, the first is {missing[0]}, so "
             "there is nothing to keep a copy of. Write: dpo_plugin: {loading: host}"
         )
+    return model
+
+
+def _finish(writer: Writer, model: Any, made_of: Mapping[str, Any]) -> None:
+    """Write what is beside the weights, the manifest last."""
     writer.flush()
+    part = writer.folder
     model.config.save_pretrained(part)
     if model.can_generate():
         model.generation_config.save_pretrained(part)
@@ -185,8 +193,8 @@ def _write_into(part: Path, load: Callable[[], Any], made_of: Mapping[str, Any])
     index = {"metadata": {"total_size": total}, "weight_map": writer.index}
     (part / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
     files = {file.name: [file.stat().st_size, _digest(file)] for file in sorted(part.iterdir())}
-    folder = Path(str(made_of["base"]))
-    noted = {"made_of": made_of, "files": files, "weights": weights_digest(folder) if folder.is_dir() else None}
+    base = Path(str(made_of["base"]))
+    noted = {"made_of": made_of, "files": files, "weights": weights_digest(base) if base.is_dir() else None}
     (part / MANIFEST).write_text(json.dumps(noted, default=str), encoding="utf-8")
 
 
@@ -209,99 +217,3 @@ def _writing(folder: Path, size: int) -> Iterator[None]:
             f"{' '.join(str(error).split())[:200]}. Make room, or write: dataset_prepared_path: <a folder with room> "
             "(or dpo_plugin: {loading: host})"
         ) from error
-
-
-class _Writer:
-    """Writes tensors into files as they come, and forgets them."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.index = folder, dict[str, str]()
-        self.failure: Exception | None = None
-        self._pending, self._bytes, self._number = dict[str, Tensor](), 0, 0
-
-    def add(self, name: str, value: Tensor) -> nn.Parameter:
-        """Take a tensor with its quantisation state, if it has one; return one of its shape without memory."""
-        if self.failure:
-            raise self.failure
-        state = getattr(value, "quant_state", None)
-        tensors = {f"{name}.{key}": one for key, one in state.as_dict(packed=True).items()} if state else {}
-        for key, one in {name: value.data, **tensors}.items():
-            self._pending[key] = one.detach().cpu().contiguous()
-            self._bytes += one.nbytes
-        if self._bytes >= _AT_ONCE:
-            self.flush()
-        return_freed_memory()
-        stub = nn.Parameter(torch.zeros(1, dtype=value.dtype).expand(value.shape), requires_grad=False)
-        stub.is_written = True  # type: ignore[attr-defined]
-        return stub
-
-    def flush(self) -> None:
-        """Write what has been taken."""
-        if self._pending:
-            self._number += 1
-            name = f"model-{self._number:05d}.safetensors"
-            try:
-                save_file(self._pending, self.folder / name, metadata={"format": "pt"})
-            except Exception as error:
-                self.failure = error
-                raise
-            self.index |= dict.fromkeys(self._pending, name)
-            self._pending, self._bytes = {}, 0
-
-
-def return_freed_memory() -> None:
-    """Give the system what glibc keeps of freed weights, else as much again as was freed of them (Linux alone)."""
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def staying_on_host() -> AbstractContextManager[None]:
-    """Context in which transformers leaves a checkpoint in 4 bits where it is mapped.
-
-    Given no ``device_map``, and with ZeRO-3 it takes none, it would put it onto the GPU.
-    """
-
-    class Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
-        def update_device_map(self, _: Any) -> dict[str, str]:
-            return {"": "cpu"}
-
-    return _quantizing_by(Quantizer)
-
-
-def _quantising_into(writer: _Writer) -> AbstractContextManager[None]:
-    """Context in which transformers hands each weight that it has loaded and quantised on to a writer.
-
-    It loads one weight at a time while it quantises (core_model_loading.py, ``has_on_the_fly_quantization``), but would
-    keep them all.
-    """
-
-    class Quantize(Bnb4bitQuantize):  # type: ignore[misc]
-        def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-            found = dict(input_dict)
-            for name in input_dict:
-                if Bnb4BitHfQuantizer.param_needs_quantization(self.hf_quantizer, kwargs["model"], name):
-                    found |= super().convert({name: input_dict[name]}, **kwargs)
-            values = {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
-            return {name: writer.add(name, value) for name, value in values.items()}
-
-    class Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
-        def param_needs_quantization(self, *_: Any, **__: Any) -> bool:
-            return True
-
-        def param_element_size(self, *_: Any, **__: Any) -> float:
-            return 0.0  # else as much is reserved on the GPU as the model takes (caching_allocator_warmup)
-
-        def get_quantize_ops(self) -> Quantize:
-            return Quantize(self)
-
-    return _quantizing_by(Quantizer)
-
-
-@contextmanager
-def _quantizing_by(quantizer: type[Bnb4BitHfQuantizer]) -> Iterator[None]:
-    theirs = AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
-    AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = quantizer
-    try:
-        yield
-    finally:
-        AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = theirs

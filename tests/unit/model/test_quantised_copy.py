@@ -10,21 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, modeling_utils
 
 from dpo_plugin.errors import ConfigError
-from dpo_plugin.model import quantised_copy
+from dpo_plugin.model import quantising
 from dpo_plugin.model.quantised_copy import (
     damage,
     discard,
     folder_of,
     identity,
     is_there,
-    staying_on_host,
     weight_files,
     write,
 )
+from dpo_plugin.model.quantising import staying_on_host
 from tests.support import architectures, tiny
 
 QUANTISED = BitsAndBytesConfig(
@@ -156,7 +157,7 @@ def test_a_full_disk_says_how_much_it_takes_and_leaves_nothing(base_dir, tmp_pat
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(quantised_copy, "save_file", full)
+    monkeypatch.setattr(quantising, "save_file", full)
     folder = tmp_path / "bases" / "copy"
     with pytest.raises(ConfigError, match=r"bases cannot take .* 3\.0 GiB: .*No space left.*loading: host}\)$"):
         write(folder, lambda: load(base_dir), made_of(base_dir), 3 * 2**30)
@@ -194,10 +195,10 @@ def test_of_two_runs_at_once_the_first_copy_stays(base_dir, copy, tmp_path):
 def test_a_process_that_is_killed_leaves_no_copy_and_its_part_is_removed(base_dir, tmp_path):
     folder = tmp_path / "bases" / "copy"
     program = (
-        "import os, signal, sys; from dpo_plugin.model import quantised_copy as c; from tests.unit.model import "
-        "test_quantised_copy as t; save = c.save_file\n"
+        "import os, signal; from dpo_plugin.model import quantised_copy as c, quantising as q; from tests.unit.model import "
+        "test_quantised_copy as t; save = q.save_file\n"
         "def kill(*a, **k): save(*a, **k); os.kill(os.getpid(), signal.SIGKILL)\n"
-        "c.save_file = kill; from pathlib import Path\n"
+        "q.save_file = kill; from pathlib import Path\n"
         f"c.write(Path({str(folder)!r}), lambda: t.load({str(base_dir)!r}), t.made_of({str(base_dir)!r}), 1)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tiny.ROOT, capture_output=True, check=False)
@@ -217,6 +218,14 @@ def test_a_checkpoint_that_lacks_weights_is_not_copied(base_dir, tmp_path):
     save_file({name: value for name, value in kept.items() if name != lost}, base / "model.safetensors")
     with pytest.raises(ConfigError, match=rf"lacks 1 of its weights, the first is {lost}.*loading: host}}$"):
         copy_of(base, tmp_path / "bases")
+
+
+def test_a_base_that_cannot_be_read_is_not_taken_for_a_full_disk(base_dir, tmp_path):
+    base = shutil.copytree(base_dir, tmp_path / "base")
+    (base / "model.safetensors").write_bytes(b"not a checkpoint")
+    with pytest.raises(SafetensorError, match="header"):
+        copy_of(base, tmp_path / "bases")
+    assert list((tmp_path / "bases").iterdir()) == []
 
 
 def test_only_safetensors_are_weight_files(base_dir, tmp_path):
