@@ -35,10 +35,17 @@ def check_base(cfg: Any, settings: RunSettings) -> None:
 
     Raises:
         AdapterError: For an adapter on another number of experts.
-        ConfigError: For a base in MXFP4 that is not dequantised, and for ``prefix_sharing: true`` on one whose layers
-            hand on a state.
+        ConfigError: For a base whose config cannot be read, for one in MXFP4 that is not dequantised, and for
+            ``prefix_sharing: true`` on one whose layers hand on a state.
     """
-    config = load_model_config(cfg)
+    key = "base_model_config" if cfg.base_model_config else "base_model"
+    try:
+        config = load_model_config(cfg)
+    except OSError as error:
+        raise ConfigError(
+            f"`{key}: {cfg[key]}` gives no config: {' '.join(str(error).split())[:200]}. "
+            f"Write: {key}: <a folder with config.json, or a name on the hub>"
+        ) from error
     _check_quantisation(cfg, config)
     for adapter in filter(None, (settings.policy, settings.reference.adapter)):
         check_expert_count(adapter.config, adapter.key, adapter.path, config)
