@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from tests.ranks.shipped import STEPS, config
 from tests.support import tiny
@@ -102,15 +102,8 @@ def test_a_run_of_the_hosts_way_goes_on_with_the_copy(name, runs, base_dir, sft,
 
 
 def test_a_base_that_is_stored_in_4_bits_is_mapped_as_it_is(name, runs, base_dir, sft, tmp_path):
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_quant_storage=torch.bfloat16,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
     stored = tmp_path / "stored"
-    model = AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=quantisation, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=tiny.NF4, dtype=torch.bfloat16)
     model.save_pretrained(stored)
     tiny.tokenizer().save_pretrained(stored)
     run = start(name, stored, sft, tmp_path, tmp_path / "prepared", "sharded")

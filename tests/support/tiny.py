@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 ROOT = Path(__file__).parents[2]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -20,6 +20,14 @@ MOE = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 """Settings of mixtures of four experts, of which a token takes two."""
+NF4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_quant_storage=torch.bfloat16,
+    bnb_4bit_compute_dtype=torch.bfloat16,
+)
+"""As axolotl quantises by the 72B recipes."""
 
 
 @cache

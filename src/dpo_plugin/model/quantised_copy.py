@@ -101,7 +101,7 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
                 return f"{name} has another size"
             if number % parts == part and _digest(folder / name) != digest:
                 return f"{name} has other bytes"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 

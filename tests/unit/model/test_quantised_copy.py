@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, modeling_utils
+from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
 
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.model import quantising
@@ -28,23 +28,16 @@ from dpo_plugin.model.quantised_copy import (
 from dpo_plugin.model.quantising import staying_on_host
 from tests.support import architectures, tiny
 
-QUANTISED = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_quant_storage=torch.bfloat16,
-    bnb_4bit_compute_dtype=torch.bfloat16,
-)
 KINDS = ("llama", "qwen3_moe", "gemma3_text", "granite", "phi3", "gpt_oss", "cohere2")
 """Of which experts are fused as they are read, weights are tied, and layers are stored fused."""
 
 
 def load(base):
-    return AutoModelForCausalLM.from_pretrained(base, quantization_config=QUANTISED, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(base, quantization_config=tiny.NF4, dtype=torch.bfloat16)
 
 
 def made_of(base):
-    return {**identity(weight_files(str(base)), quantisation=QUANTISED.to_dict()), "base": str(base)}
+    return {**identity(weight_files(str(base)), quantisation=tiny.NF4.to_dict()), "base": str(base)}
 
 
 def copy_of(base, root):
@@ -127,7 +120,7 @@ def test_a_second_start_finds_it_and_a_changed_base_does_not(base_dir, tmp_path)
     assert folder_of(tmp_path / "bases", str(base), made_of(base)) != folder
 
 
-@pytest.mark.parametrize("spoil", ["flip", "cut", "remove", "manifest"])
+@pytest.mark.parametrize("spoil", ["flip", "cut", "remove", "{", "3", '{"files": []}', '{"files": {"a": 3}}'])
 def test_damage_is_found_and_made_good(spoil, own, base_dir):
     file = sorted(own.glob("*.safetensors"))[-1]
     data = bytearray(file.read_bytes())
@@ -139,7 +132,7 @@ def test_damage_is_found_and_made_good(spoil, own, base_dir):
     elif spoil == "remove":
         file.unlink()
     else:
-        (own / "manifest.json").write_text("{")
+        (own / "manifest.json").write_text(spoil)
     assert damage(own)
     discard(own)
     assert not is_there(own)
