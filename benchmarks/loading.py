@@ -5,7 +5,7 @@ copy in 4 bits, and a second that finds it. Memory is anonymous (RssAnon): pages
 and do not count; sampled every 5 ms from the moment before the base is loaded until training begins, above what it was
 at that moment. On a CPU the engine's shards are in it, as they are in a GPU's memory.
 
-    python benchmarks/loading.py [--layers 61] [--hidden 2048] [--engines zero3,fsdp2] [--json benchmarks/loading.json]
+    python benchmarks/loading.py [--layers 40] [--hidden 2560] [--engines zero3,fsdp2] [--json benchmarks/loading.json]
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
+from dpo_plugin.model.quantising import return_freed_memory
 from dpo_plugin.plan.engines import linear_bytes
 from dpo_plugin.plan.machine import Machine
 from dpo_plugin.plan.planner import CONTEXT, Planner
@@ -89,6 +90,7 @@ class Noting(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Stop sampling: the engine has what it holds."""
         self.probe.loading = False
+        return_freed_memory()  # what glibc keeps of it is not the engine's
         self.left = anonymous() - self.probe.before
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -222,8 +224,8 @@ def report(engine: str, found: dict[str, list[dict[str, float]]], sizes: dict[st
 def main() -> None:
     """Measure, print tables, and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=61)
-    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--hidden", type=int, default=2560)
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -242,11 +244,11 @@ def main() -> None:
             sizes = sizes_of(engine, base, sft)
             kept[engine] = {"starts": found, "bytes": sizes}
             print("\n".join(report(engine, found, sizes)), flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(kept, indent=1), encoding="utf-8")
             shutil.rmtree(folder / f"prepared-{engine}", ignore_errors=True)
     finally:
         shutil.rmtree(folder)
-    if args.json:
-        args.json.write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
