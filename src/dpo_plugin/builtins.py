@@ -1,4 +1,4 @@
-"""Our own formats, strategies, losses, metrics and health checks, registered as a third party would."""
+"""Our own formats, strategies, losses, metrics, health checks and scorers, registered as a third party would."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from dpo_plugin.hookspecs import hookimpl
 from dpo_plugin.metrics.pair import METRICS, PreferenceMetric
 from dpo_plugin.model import references
 from dpo_plugin.model.ema import EmaReference
+from dpo_plugin.samples.external import CommandScorer, RewardModelScorer
+from dpo_plugin.samples.scorers import BatchScorer, Scorer, length, rule
 
 
 @hookimpl
@@ -48,3 +50,9 @@ def dpo_metrics() -> Mapping[str, PreferenceMetric]:
 def dpo_health_checks() -> Mapping[str, HealthCheck]:
     """Our health checks."""
     return CHECKS
+
+
+@hookimpl
+def dpo_scorers() -> Mapping[str, Scorer | type[BatchScorer]]:
+    """Our scorers."""
+    return {"rule": rule, "length": length, "command": CommandScorer, "reward_model": RewardModelScorer}

@@ -201,6 +201,35 @@ class SamplesConfig(_Section):
     )
 
 
+class PairsConfig(_Section):
+    """Pairs that ``axolotl dpo pairs`` makes of a model's own answers."""
+
+    answers: int = Field(default=4, ge=1, description="Answers per prompt and model.")
+    temperature: Number = Field(default=1.0, ge=0, description="Answers are drawn with it; 0: the likeliest token.")
+    top_p: Number = Field(default=1.0, gt=0, le=1, description="Share of probability that tokens are drawn from.")
+    max_new_tokens: int = Field(default=256, ge=1, description="Most tokens of an answer; longer ones are left out.")
+    batch_size: int = Field(default=16, ge=1, description="Answers that are generated and scored at a time.")
+    scorer: Text = Field(
+        default="rule", description="rule, length, command, reward_model, or any registered scorer; more is better."
+    )
+    command: Text | None = Field(
+        default=None,
+        examples=["python score.py"],
+        description="Scorer command: reads a JSON object per line with prompt, answer and the prompt's other keys, "
+        "and prints a number per line. Started for each batch.",
+    )
+    reward_model: Text | None = Field(
+        default=None,
+        examples=["./reward-model"],
+        description="Scorer reward_model: a sequence-classification model with one output.",
+    )
+    timeout: Number = Field(default=600.0, gt=0, description="Seconds that the command may take for a batch.")
+    gap: Number = Field(default=0.0, ge=0, description="Chosen's score is more than this above rejected's.")
+    pair: Literal["best_worst", "best_random"] = Field(
+        default="best_worst", description="What the best answer is paired with: the worst, or one drawn of the others."
+    )
+
+
 class DPOPluginConfig(_Section):
     """The ``dpo_plugin:`` section."""
 
@@ -227,6 +256,7 @@ class DPOPluginConfig(_Section):
         examples=[{"every_steps": 100}],
         description="Answers of policy and reference during training. Default: none.",
     )
+    pairs: PairsConfig = _subsection(PairsConfig, scorer="rule")
 
 
 class DPOPluginArgs(BaseModel):

@@ -66,6 +66,10 @@ class NotFiniteError(DPOPluginError):
     """A log-probability is NaN or infinite; names step, row and source."""
 
 
+class ScorerError(DPOPluginError):
+    """A scorer raised, took too long, or gave something else than one finite number per answer."""
+
+
 class RankMismatchError(DPOPluginError):
     """The processes of a distributed run are about to do different things."""
 

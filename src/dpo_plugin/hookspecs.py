@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dpo_plugin.data.formats import PreferenceFormat
     from dpo_plugin.health.history import History
     from dpo_plugin.model.references import ReferenceStrategy
+    from dpo_plugin.samples.scorers import BatchScorer, Scorer
     from dpo_plugin.types import Finding, PairLogps
 
 hookspec = HookspecMarker("dpo_plugin")
@@ -59,3 +60,12 @@ def dpo_metrics() -> Mapping[str, Callable[[PairLogps], Tensor]]:  # type: ignor
 @hookspec
 def dpo_health_checks() -> Mapping[str, Callable[[History], Finding | None]]:  # type: ignore[empty-body]
     """Health checks: ``(History) -> Finding | None``, called at each logging step; look at the last lines only."""
+
+
+@hookspec
+def dpo_scorers() -> Mapping[str, Scorer | type[BatchScorer]]:  # type: ignore[empty-body]
+    """Scorers: ``(prompt, answer, row) -> float``, more is better; ``pairs.scorer: <name>``.
+
+    `row` is the prompt's line of the prompts file. A scorer that wants many answers at once, or settings, is a subclass
+    of `dpo_plugin.samples.scorers.BatchScorer`.
+    """

@@ -60,6 +60,7 @@ class Registry:
     losses: Names
     metrics: Names
     health_checks: Names
+    scorers: Names
 
 
 _KINDS = {
@@ -68,6 +69,7 @@ _KINDS = {
     "losses": ("dpo_losses", "loss"),
     "metrics": ("dpo_metrics", "metric"),
     "health_checks": ("dpo_health_checks", "health check"),
+    "scorers": ("dpo_scorers", "scorer"),
 }
 
 

@@ -12,7 +12,7 @@ from dpo_plugin.config import SamplesConfig
 from dpo_plugin.data.render import Renderer
 from dpo_plugin.engines.config import EngineSettings
 from dpo_plugin.errors import ConfigError, RowError
-from dpo_plugin.samples.prompts import read_prompts
+from dpo_plugin.samples.prompts import Prompt, read_prompts
 from dpo_plugin.types import Message, PreferencePair, RenderedPair
 
 KEY = "dpo_plugin.samples.prompts"
@@ -64,28 +64,27 @@ def refusal(split: str) -> ConfigError:
     )
 
 
-def render_prompt(prompt: str | list[Message], renderer: Renderer, plain: bool, file: str) -> list[int]:
+def render_prompt(prompt: Prompt, renderer: Renderer, plain: bool, where: str) -> list[int]:
     """Render a prompt of a file as the training data's prompts are rendered, and give its token ids.
 
     Args:
-        prompt: Messages, or a text, which is one message of the user.
+        prompt: The prompt; a text is one message of the user.
         renderer: That of the first data set.
         plain: Whether that data set is of the type ``dpo_plugin.text``, whose prompts are read as they stand.
-        file: The file, for messages.
+        where: What named the file, for messages.
 
     Raises:
         ConfigError: If the chat template refuses it, or there is none.
     """
-    if plain and isinstance(prompt, str):
-        text = renderer.render(RenderedPair(prompt, "", "")).prompt
+    if plain and isinstance(prompt.content, str):
+        text = renderer.render(RenderedPair(prompt.content, "", "")).prompt
     elif not renderer.template:
-        raise ConfigError(f"`{KEY}: {file}`: the tokenizer has no chat template. Write: chat_template: chatml")
+        raise ConfigError(f"{where}: the tokenizer has no chat template. Write: chat_template: chatml")
     else:
-        messages = [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
         try:
-            text = renderer.text(messages, PreferencePair(messages, [], []), generate=True)
+            text = renderer.text(prompt.messages, PreferencePair(prompt.messages, [], []), generate=True)
         except RowError as error:
-            raise ConfigError(f"`{KEY}: {file}`: {error}. Write another prompt instead of {prompt!r}") from error
+            raise ConfigError(f"{where}: {error}. Write another prompt instead of {prompt.content!r}") from error
     return list(renderer.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -22,9 +22,6 @@ from dpo_plugin.samples.prompts import user_turn
 from dpo_plugin.samples.records import Answer, Sample
 from dpo_plugin.types import CompletionLogps, PairBatch
 
-PROMPTS_AT_ONCE = 8
-"""Prompts that are answered in one batch, which bounds the memory of the key-value cache."""
-
 
 @dataclass(frozen=True, slots=True)
 class AnswerOptions:
@@ -36,6 +33,8 @@ class AnswerOptions:
         pad_token_id: Id that fills the left of short prompts.
         temperature: 0 takes the likeliest token each time; above 0, tokens are drawn.
         seed: Seed of that draw.
+        top_p: Share of the probability that tokens are drawn from (Holtzman et al. 2020).
+        at_once: Prompts that are answered in one batch, which bounds the memory of the key-value cache.
     """
 
     max_new_tokens: int
@@ -43,6 +42,8 @@ class AnswerOptions:
     pad_token_id: int
     temperature: float = 0.0
     seed: int = 0
+    top_p: float = 1.0
+    at_once: int = 8
 
 
 def generate(model: Any, prompts: Sequence[Sequence[int]], options: AnswerOptions) -> list[list[int]]:
@@ -60,8 +61,8 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], options: AnswerOption
     with torch.no_grad(), torch.random.fork_rng(forked, enabled=options.temperature > 0), _settings(model, options):
         if options.temperature > 0:
             torch.manual_seed(options.seed)
-        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-            some = [torch.tensor(prompt, device=device) for prompt in prompts[start : start + PROMPTS_AT_ONCE]]
+        for start in range(0, len(prompts), options.at_once):
+            some = [torch.tensor(prompt, device=device) for prompt in prompts[start : start + options.at_once]]
             ids = pad_sequence(some, True, options.pad_token_id, padding_side="left")
             mask = pad_sequence([torch.ones_like(prompt) for prompt in some], True, padding_side="left")
             whole = model.generate(input_ids=ids, attention_mask=mask, use_cache=True)
@@ -72,7 +73,7 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], options: AnswerOption
 @contextmanager
 def _settings(model: Any, options: AnswerOptions) -> Iterator[None]:
     """Replace the model's generation settings; those passed to ``generate`` would be mixed with its own."""
-    drawn = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
+    drawn = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": options.top_p}
     before = model.generation_config
     model.generation_config = GenerationConfig(
         max_new_tokens=options.max_new_tokens,
@@ -117,9 +118,11 @@ class Sampler:
         model.eval()
         try:
             with torch.no_grad():
-                policy = generate(_generator(model), prompts, self.options)
+                policy = generate(generator_of(model), prompts, self.options)
                 with self.strategy.active(model) as other:
-                    reference = None if other is None else generate(_generator(unwrapped(other)), prompts, self.options)
+                    reference = (
+                        None if other is None else generate(generator_of(unwrapped(other)), prompts, self.options)
+                    )
                 rewards = self.rewards(model, prompts, policy, reference or policy)
         finally:
             model.train(training)
@@ -159,6 +162,6 @@ class Sampler:
         return Answer(text, len(ids), ids[-1] in self.options.stop_ids, reward)
 
 
-def _generator(model: Any) -> Any:
+def generator_of(model: Any) -> Any:
     """Get the model whose ``generate`` runs; of a PEFT model the base, which holds the adapter layers."""
     return model.get_base_model() if isinstance(model, PolicyReferenceModel) else model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,30 @@ from dpo_plugin.types import Message
 _ROLES = ("system", "user", "assistant", "tool")
 
 
-def read_prompts(file: str | Path, where: str) -> list[str | list[Message]]:
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt of a file.
+
+    Attributes:
+        content: A text, or messages.
+        row: Its line of a file of JSON lines, with all its keys.
+    """
+
+    content: str | list[Message]
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def question(self) -> str:
+        """What was asked: the text, or the last message's."""
+        return self.content if isinstance(self.content, str) else str(self.content[-1]["content"])
+
+    @property
+    def messages(self) -> list[Message]:
+        """The prompt as a conversation; a text is one message of the user."""
+        return [Message(role="user", content=self.content)] if isinstance(self.content, str) else self.content
+
+
+def read_prompts(file: str | Path, where: str) -> list[Prompt]:
     """Read a file of prompts: JSON lines with ``prompt`` or ``messages``, or plain text with one prompt per line.
 
     Args:
@@ -39,11 +63,11 @@ def read_prompts(file: str | Path, where: str) -> list[str | list[Message]]:
     if not lines:
         raise ConfigError(f"{named} is empty. Write: {key} <a file with one prompt per line>")
     if path.suffix not in (".jsonl", ".json") and not lines[0][1].startswith("{"):
-        return [line for _, line in lines]
+        return [Prompt(line) for _, line in lines]
     return [_json_prompt(line, f"{named} line {number}") for number, line in lines]
 
 
-def _json_prompt(line: str, where: str) -> str | list[Message]:
+def _json_prompt(line: str, where: str) -> Prompt:
     form = 'Write: {"prompt": "<text>"} or {"messages": [{"role": "user", "content": "<text>"}]}'
     try:
         row = json.loads(line)
@@ -53,7 +77,7 @@ def _json_prompt(line: str, where: str) -> str | list[Message]:
     fields = row if isinstance(row, dict) else {}
     prompt, messages = fields.get("prompt"), fields.get("messages")
     if isinstance(prompt, str) and prompt.strip() and messages is None:
-        return prompt
+        return Prompt(prompt, fields)
     if not isinstance(messages, list) or not messages or prompt is not None:
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise ConfigError(
@@ -69,7 +93,7 @@ def _json_prompt(line: str, where: str) -> str | list[Message]:
             f"{where} ends with the assistant's answer, which is what is to be generated. Write: messages that end "
             "with the user's"
         )
-    return messages
+    return Prompt(messages, fields)
 
 
 def prompts_of_pairs(rows: Iterable[Mapping[str, Any]], count: int) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Prompts, answers of policy and reference, their rewards, and what is kept, with plain PEFT as oracle."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,17 +68,17 @@ def sampler(model, tokenizer, strategy="adapter", **settings):
 
 class TestAnswers:
     @pytest.mark.parametrize("at_once", [1, 3, 8])
-    def test_each_adapter_answers_as_it_does_alone(self, model, oracles, monkeypatch, at_once):
-        monkeypatch.setattr(answers, "PROMPTS_AT_ONCE", at_once)
+    def test_each_adapter_answers_as_it_does_alone(self, model, oracles, at_once):
+        options = replace(OPTIONS, at_once=at_once)
         base, reference, policy = oracles
         model.eval()
         inner = model.get_base_model()
         expected = [[greedy(one, prompt, 12) for prompt in PROMPTS] for one in (policy, reference, base)]
-        assert generate(inner, PROMPTS, OPTIONS) == expected[0]
+        assert generate(inner, PROMPTS, options) == expected[0]
         with model.reference_active():
-            assert generate(inner, PROMPTS, OPTIONS) == expected[1]
+            assert generate(inner, PROMPTS, options) == expected[1]
         with model.adapters_off():
-            assert generate(inner, PROMPTS, OPTIONS) == expected[2]
+            assert generate(inner, PROMPTS, options) == expected[2]
         assert generate(inner, PROMPTS, OPTIONS) == expected[0]
         assert expected[0] != expected[1] != expected[2]
 
@@ -198,7 +199,7 @@ class TestPrompts:
     )  # fmt: skip
     def test_files(self, tmp_path, name, text, prompts):
         (tmp_path / name).write_text(text, encoding="utf-8")
-        assert read_prompts(tmp_path / name, "x.prompts") == prompts
+        assert [prompt.content for prompt in read_prompts(tmp_path / name, "x.prompts")] == prompts
 
     @pytest.mark.parametrize(
         ("text", "says"),

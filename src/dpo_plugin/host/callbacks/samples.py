@@ -34,9 +34,9 @@ def prompt_ids(trainer: RunningTrainer, settings: SamplesConfig) -> list[list[in
         found = read_prompts(settings.prompts, KEY)
         renderer = renderer_of(trainer.settings.template, datasets[0], trainer.processing_class, True)
         plain = datasets[0].get("type") == "dpo_plugin.text"
-        if not (plain and all(isinstance(prompt, str) for prompt in found)):
+        if not (plain and all(isinstance(prompt.content, str) for prompt in found)):
             check_rendered_as_trained(islice(trainer.train_dataset, 8), renderer, settings.prompts)
-        return [render_prompt(prompt, renderer, plain, settings.prompts) for prompt in found]
+        return [render_prompt(prompt, renderer, plain, f"`{KEY}: {settings.prompts}`") for prompt in found]
     evaluation = (data for name, data in named_datasets(trainer) if name.startswith("evaluation"))
     prompts = prompts_of_pairs(chain.from_iterable(evaluation), settings.count)
     if not prompts:

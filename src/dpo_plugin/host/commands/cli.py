@@ -55,7 +55,7 @@ def show(result: Any) -> None:
 
 @command
 def plugins(as_json: bool) -> Any:
-    """Show every registered format, reference strategy, loss and metric, and who brought it."""
+    """Show everything that is registered (formats, losses, scorers, …), and who brought it."""
     from dpo_plugin.registry import get_registry
 
     registry = get_registry()
@@ -130,6 +130,24 @@ def compare(config: str, prompts: str | None, checkpoint: str | None, as_json: b
 
     found = run(config, prompts, checkpoint)
     return asdict(found) if as_json else found.parts()
+
+
+@command
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@click.option("--out", required=True, metavar="FILE", help="The file of pairs, as JSON lines.")
+@click.option("--prompts", metavar="FILE", help="Prompts: JSON lines or text.")
+@click.option("--answers", metavar="FILE", help="Instead of prompts: JSON lines that have `answers`, too.")
+@click.option(
+    "--model", "models", type=click.Choice(["policy", "reference", "base"]), multiple=True, default=["policy"],
+    show_default=True, help="Who answers; may be repeated.",
+)  # fmt: skip
+@click.option("--checkpoint", metavar="DIR", help="The policy. Default: output_dir once trained, else where it starts.")
+def pairs(config: str, as_json: bool, **options: Any) -> Any:
+    """Make pairs of a model's own answers to prompts, scored by the scorer of `dpo_plugin.pairs`."""
+    from dpo_plugin.host.commands.pairs import pairs as run
+
+    made = run(config, **options)
+    return asdict(made) if as_json else made.parts()
 
 
 @command

@@ -20,8 +20,7 @@ from dpo_plugin.errors import CheckpointError, ConfigError
 from dpo_plugin.host import datasets as host_datasets
 from dpo_plugin.host.callbacks.progress import Progress
 from dpo_plugin.host.callbacks.samples import make_sampler, prompt_ids
-from dpo_plugin.host.commands.config_file import load_config
-from dpo_plugin.host.commands.running import ENGINE_KEYS
+from dpo_plugin.host.commands.config_file import load_config, on_one_process, trained_folder
 from dpo_plugin.host.output_dir.checkpoints import read_marker
 from dpo_plugin.host.output_dir.resume import REFERENCE_STATE, load_reference
 from dpo_plugin.host.plugin import DPOPlugin
@@ -30,12 +29,6 @@ from dpo_plugin.host.yaml_keys import read_yaml
 from dpo_plugin.model.adapter_config import AdapterFolder
 from dpo_plugin.samples.prompts import read_prompts
 from dpo_plugin.samples.records import Sample, samples_table
-
-# One process loads the model, and nothing is logged anywhere.
-_LEFT_OUT = (
-    *ENGINE_KEYS, "use_wandb", "wandb_project", "use_mlflow", "use_comet", "use_trackio", "use_tensorboard",
-    "resume_from_checkpoint", "auto_resume_from_checkpoints",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +111,7 @@ def compare(config: str | Path, prompts: str | None = None, checkpoint: str | No
 
 def _raw_config(path: Path, prompts: str | None) -> dict[str, Any]:
     """Read the YAML for one process, with a section ``samples``."""
-    raw = {key: value for key, value in read_yaml(path).items() if key not in _LEFT_OUT}
+    raw = on_one_process(read_yaml(path))
     section = raw.get("dpo_plugin") or {}
     parse_config(section)
     samples = {**(section.get("samples") or {}), **({"prompts": prompts} if prompts is not None else {})}
@@ -126,13 +119,11 @@ def _raw_config(path: Path, prompts: str | None) -> dict[str, Any]:
 
 
 def _policy_folder(raw: Mapping[str, Any], checkpoint: str | None) -> Path:
-    folder = Path(checkpoint or str(raw.get("output_dir"))).expanduser()
-    file = "adapter_config.json" if raw.get("adapter") else "config.json"
-    if not (folder / file).is_file():
-        named = f"--checkpoint {checkpoint}" if checkpoint else f"output_dir: {raw.get('output_dir')}"
+    folder = trained_folder(raw, checkpoint)
+    if folder is None:
         raise ConfigError(
-            f"`axolotl dpo compare` needs the trained policy, and `{named}` holds no {file}. Train first, or write: "
-            "--checkpoint <folder>"
+            f"`axolotl dpo compare` needs the trained policy, and `output_dir: {raw.get('output_dir')}` holds none. "
+            "Train first, or write: --checkpoint <folder>"
         )
     return folder
 

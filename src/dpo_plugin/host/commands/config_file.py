@@ -1,9 +1,10 @@
-"""Reading an axolotl config for commands that load no model and need no GPU."""
+"""Reading an axolotl config for commands, most of which load no model and need no GPU."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -13,6 +14,8 @@ from axolotl.integrations.base import PluginManager
 from axolotl.utils.config import normalize_cfg_datasets, normalize_config, validate_config
 from axolotl.utils.dict import DictDefault
 
+from dpo_plugin.errors import ConfigError
+from dpo_plugin.host.commands.running import ENGINE_KEYS
 from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.settings import RunSettings
 
@@ -40,3 +43,29 @@ def load_config(raw: Mapping[str, Any], machine: tuple[Any, Any] = _ANY_MACHINE)
     normalize_config(cfg)
     normalize_cfg_datasets(cfg)
     return cfg, settings
+
+
+_LEFT_OUT = (
+    *ENGINE_KEYS, "use_wandb", "wandb_project", "use_mlflow", "use_comet", "use_trackio", "use_tensorboard",
+    "resume_from_checkpoint", "auto_resume_from_checkpoints",
+)  # fmt: skip
+
+
+def on_one_process(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what splits the model over ranks, and what would log anywhere."""
+    return {key: value for key, value in raw.items() if key not in _LEFT_OUT}
+
+
+def trained_folder(raw: Mapping[str, Any], checkpoint: str | None) -> Path | None:
+    """The folder of the trained policy: the checkpoint that is named, else ``output_dir``; None if nothing is there.
+
+    Raises:
+        ConfigError: If the checkpoint that is named is none.
+    """
+    folder = Path(checkpoint or str(raw.get("output_dir"))).expanduser()
+    file = "adapter_config.json" if raw.get("adapter") else "config.json"
+    if (folder / file).is_file():
+        return folder
+    if checkpoint:
+        raise ConfigError(f"`--checkpoint {checkpoint}` holds no {file}. Write: --checkpoint <folder>")
+    return None
