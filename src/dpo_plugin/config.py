@@ -199,6 +199,9 @@ class SamplesConfig(_Section):
     temperature: Number = Field(
         default=0.0, ge=0, description="0: the likeliest token each time (greedy). Above: answers are drawn with it."
     )
+    scorer: Text | None = Field(
+        default=None, examples=["rule"], description="Judges both answers, set up in `pairs`. Default: none does."
+    )
 
 
 class PairsConfig(_Section):

@@ -1,6 +1,7 @@
 """Samples in whole runs on a tiny model, and ``compare`` on what they leave."""
 
 import json
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from dpo_plugin.errors import CheckpointError, ConfigError
 from dpo_plugin.host.commands.cli import dpo
 from dpo_plugin.host.commands.compare import compare
-from tests.support import host
+from tests.support import host, tiny
 from tests.support.tiny import chat_row, dpo_config, write_rows
 
 ROWS = [
@@ -120,6 +121,62 @@ class TestRefused:
     def test_what_cannot_be(self, base_dir, sft_dir, data, tmp_path, samples, settings, says):
         with pytest.raises(ConfigError, match=says):
             host.load_config(config(base_dir, sft_dir, data, tmp_path / "out", samples, **settings), tmp_path)
+
+
+class TestScorer:
+    SAMPLES: ClassVar = {"every_steps": 2, "max_new_tokens": 8, "count": 3, "temperature": 1.0, "scorer": "length"}
+
+    @pytest.fixture(scope="class")
+    def run(self, base_dir, sft_dir, data, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("scored")
+        settings = {
+            "eval_steps": 2, "save_steps": 2, "save_strategy": "steps", "logging_steps": 1,
+            "metric_for_best_model": "samples/win_rate", "load_best_model_at_end": True, "save_total_limit": 2,
+        }  # fmt: skip
+        return host.train(config(base_dir, sft_dir, data, folder / "out", self.SAMPLES, **settings), folder)
+
+    def test_scores_and_win_rate_are_logged(self, run):
+        lines = written(run.output_dir)
+        assert [line["step"] for line in lines] == [2, 2, 2, 4, 4, 4]
+        assert all(line[side]["score"] == len(line[side]["text"]) for line in lines for side in ("policy", "reference"))
+        for step in (2, 4):
+            scores = [(line["policy"]["score"], line["reference"]["score"]) for line in lines if line["step"] == step]
+            rate = sum(1 if mine > theirs else 0.5 if mine == theirs else 0 for mine, theirs in scores) / 3
+            (logged,) = (line for line in run.lines if line["step"] == step and "loss" in line)
+            assert logged["samples/win_rate"] == pytest.approx(rate)
+            own = [line["policy"] for line in lines if line["step"] == step]
+            kl = sum(answer["reward"] for answer in own) / 0.1 / sum(answer["tokens"] for answer in own)
+            assert logged["samples/divergence"] == pytest.approx(kl)
+        assert sum("samples/win_rate" in line for line in run.lines) == 2
+
+    def test_it_chooses_the_best_model(self, run):
+        rates = {line["step"]: line["samples/win_rate"] for line in run.lines if "samples/win_rate" in line}
+        best = max(rates, key=lambda step: (rates[step], -step))
+        assert run.trainer.state.best_metric == pytest.approx(rates[best])
+        assert run.trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+
+    def test_compare_judges_at_each_temperature(self, run, tmp_path):
+        file = run.output_dir.parent / "config.yaml"
+        result = CliRunner().invoke(dpo, ["compare", str(file), "--temperature", "0", "--temperature", "0.5", "--json"])
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.stdout)["win_rates"]
+        assert list(found) == ["1.0", "0.0", "0.5"]
+        assert [judged["divergence"] is None for judged in found.values()] == [False, True, True]
+        assert all(sum(judged["win_rate"].values()) == 3 for judged in found.values())
+        shown = CliRunner().invoke(dpo, ["compare", str(file)])
+        assert "win rate" in shown.stdout
+
+    def test_a_scorer_that_cannot_work_is_refused_before_a_model_is_loaded(self, base_dir, sft_dir, data, tmp_path):
+        for scorer, says in (("lenght", "Write: dpo_plugin.samples.scorer: length"), ("command", "needs a program")):
+            asked = config(base_dir, sft_dir, data, tmp_path / "out", {**SAMPLES, "scorer": scorer})
+            with pytest.raises(ConfigError, match=says):
+                host.load_config(asked, tmp_path)
+        made = config(base_dir, sft_dir, data, tmp_path / "out", SAMPLES)
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(made))
+        (tmp_path / "out").mkdir()
+        tiny.save_adapter(base_dir, tmp_path / "out")
+        with pytest.raises(ConfigError, match="--temperature is for answers that are judged. Write: --scorer rule"):
+            compare(tmp_path / "config.yaml", temperatures=[1.0])
 
 
 class TestCompare:

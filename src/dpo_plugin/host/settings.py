@@ -87,7 +87,7 @@ def read_settings(cfg: Mapping[str, Any]) -> RunSettings:
     engine = EngineSettings.read(cfg)
     check_parallel(cfg, engine)
     check_master_weights(config.compute.master_weights, engine)
-    check_samples(config.samples, engine, held_out=bool(cfg.get("test_datasets") or cfg.get("val_set_size")))
+    check_samples(config, engine, held_out=bool(cfg.get("test_datasets") or cfg.get("val_set_size")))
     _check_losses(cfg, config, registry)
     policy, jinja = _policy_folder(cfg), cfg.get("chat_template_jinja")  # needs no name, as in the host's validator
     own = {} if cfg.get("adapter") else {"master_weights": config.compute.master_weights}

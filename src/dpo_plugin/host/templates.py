@@ -8,11 +8,13 @@ from typing import Any
 from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.dict import DictDefault
 
-from dpo_plugin.config import SamplesConfig
+from dpo_plugin.config import DPOPluginConfig
 from dpo_plugin.data.render import Renderer
 from dpo_plugin.engines.config import EngineSettings
 from dpo_plugin.errors import ConfigError, RowError
+from dpo_plugin.registry import get_registry
 from dpo_plugin.samples.prompts import Prompt, read_prompts
+from dpo_plugin.samples.scorers import CheckedScorer
 from dpo_plugin.types import Message, PreferencePair, RenderedPair
 
 KEY = "dpo_plugin.samples.prompts"
@@ -36,14 +38,17 @@ def renderer_of(
     )
 
 
-def check_samples(samples: SamplesConfig | None, engine: EngineSettings, held_out: bool) -> None:
+def check_samples(config: DPOPluginConfig, engine: EngineSettings, held_out: bool) -> None:
     """Check the section ``samples`` of a config that has evaluation data (`held_out`) or not.
 
     Raises:
-        ConfigError: If the prompts are missing or cannot be read, or the model is split over ranks.
+        ConfigError: If the prompts are missing or cannot be read, the scorer is unknown or lacks something, or the
+            model is split over ranks.
     """
+    samples = config.samples
     if samples is None:
         return
+    scorer_of(config)
     if engine.shards_parameters:
         raise refusal(engine.label)
     if samples.prompts != "eval":
@@ -53,6 +58,18 @@ def check_samples(samples: SamplesConfig | None, engine: EngineSettings, held_ou
             f"`{KEY}: eval` takes its prompts from the evaluation data, and the config has none. Write: val_set_size: "
             "0.05, or prompts: <file>"
         )
+
+
+def scorer_of(config: DPOPluginConfig) -> CheckedScorer | None:
+    """Make the scorer of the section ``samples``, if it names one.
+
+    Raises:
+        ConfigError: If nobody registered it, or the section ``pairs`` lacks what it needs.
+    """
+    name = config.samples and config.samples.scorer
+    if name is None:
+        return None
+    return CheckedScorer.make(name, get_registry().scorers.find(name, "dpo_plugin.samples.scorer"), config.pairs)
 
 
 def refusal(split: str) -> ConfigError:

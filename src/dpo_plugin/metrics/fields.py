@@ -53,6 +53,10 @@ FIELDS: dict[str, str] = {
     "speed/shared_tokens": "Share of the tokens that sharing a pair's prompt spared. A property of the data.",
     "speed/reference_cache_hits": "Share of the pairs whose reference log-probs came from the cache. Should be 1 "
     "from the second epoch on if reference.cache is set.",
+    "samples/win_rate": "Share of the sampled prompts to which the policy's answer has the higher score, ties counted "
+    "half. Starts near 0.5 and should rise.",
+    "samples/divergence": "KL of policy and reference in nats per token, from the policy's own answers. Grows with "
+    "what is learned; large without a better win rate, the policy has drifted.",
     "memory/peak_gib": "Highest memory of a GPU since the start, in GiB.",
     "runtime": "Seconds that the evaluation took.",
     "samples_per_second": "Pairs per second of the evaluation.",

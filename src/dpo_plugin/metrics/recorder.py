@@ -69,6 +69,11 @@ class MetricRecorder:
         self._adapter_norms = adapter_norms
         self._throughput = Throughput()
         self._rewards: dict[str, dict[str, tuple[int, Tensor]]] = {}
+        self._noted: dict[str, float] = {}
+
+    def note(self, fields: Mapping[str, float]) -> None:
+        """Add fields to the next line of training."""
+        self._noted.update(fields)
 
     def add(self, logps: PairLogps, batch: PairBatch, fresh: bool, training: bool) -> None:
         """Add the pairs that count of a forwarded batch; ``fresh``: the reference was run for it."""
@@ -94,7 +99,8 @@ class MetricRecorder:
             return {}
         if model.training:
             found |= self.adapter_norms(model) | self._throughput.result(self._sum, self._accelerator.device)
-            self._throughput = Throughput()
+            found |= self._noted
+            self._throughput, self._noted = Throughput(), {}
         now = step, means.rewards
         self._rewards.setdefault(prefix, {"start": now})["end"] = now
         return {f"{prefix}{name}": value for name, value in found.items()}

@@ -20,12 +20,14 @@ class Answer:
         tokens: Its number of tokens, the one that ended it included.
         ended: Whether the model ended it before ``max_new_tokens``.
         reward: Its implicit reward β (log π − log π_ref) (Rafailov et al. 2023, section 4).
+        score: The number that the scorer gave it, or None without one.
     """
 
     text: str
     tokens: int
     ended: bool
     reward: float
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,8 @@ def samples_table(samples: Sequence[Sample], title: str) -> Any:
 def _cell(answer: Answer | None) -> str:
     if answer is None:
         return "(this reference has no model that answers)"
-    return f"{answer.text}{'' if answer.ended else ' ✂'}\n[reward {answer.reward:+.3f}, {answer.tokens} tokens]"
+    score = "" if answer.score is None else f"score {answer.score:.3g}, "
+    return f"{answer.text}{'' if answer.ended else ' ✂'}\n[{score}reward {answer.reward:+.3f}, {answer.tokens} tokens]"
 
 
 def samples_markdown(samples: Sequence[Sample]) -> str:

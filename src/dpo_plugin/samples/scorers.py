@@ -75,7 +75,11 @@ class CheckedScorer:
 
     @classmethod
     def make(cls, name: str, registered: Scorer | type[BatchScorer], options: PairsConfig) -> CheckedScorer:
-        """Make a scorer of what is registered under a name."""
+        """Make a scorer of what is registered under a name.
+
+        Raises:
+            ConfigError: If the settings of the section ``pairs`` that it needs are not there.
+        """
         batched = registered(options) if isinstance(registered, type) else _EachAlone(registered, options)
         return cls(name, batched)
 

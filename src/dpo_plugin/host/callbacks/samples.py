@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,30 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from dpo_plugin.config import SamplesConfig
+from dpo_plugin.engines.ranks import gather_object
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.host.batches import decide_layout, named_datasets
 from dpo_plugin.host.callbacks import RunningTrainer
 from dpo_plugin.host.log import may_fail
-from dpo_plugin.host.templates import KEY, check_rendered_as_trained, refusal, render_prompt, renderer_of
+from dpo_plugin.host.templates import (
+    KEY,
+    check_rendered_as_trained,
+    refusal,
+    render_prompt,
+    renderer_of,
+    scorer_of,
+)
 from dpo_plugin.report.run_folder import SAMPLES
 from dpo_plugin.samples import records
 from dpo_plugin.samples.generate import AnswerOptions, Sampler
 from dpo_plugin.samples.prompts import prompts_of_pairs, read_prompts
+from dpo_plugin.samples.win_rate import WinRate, divergence, scored
+
+WIN_RATE = "samples/win_rate"
 
 
-def prompt_ids(trainer: RunningTrainer, settings: SamplesConfig) -> list[list[int]]:
-    """Tokenise the prompts that the section ``samples`` asks for.
+def tokenized_prompts(trainer: RunningTrainer, settings: SamplesConfig) -> list[tuple[list[int], Mapping[str, Any]]]:
+    """Tokenise the prompts that the section ``samples`` asks for, each with its line of the prompts file.
 
     Raises:
         ConfigError: If a prompt cannot be rendered, or there is no evaluation data.
@@ -36,12 +47,13 @@ def prompt_ids(trainer: RunningTrainer, settings: SamplesConfig) -> list[list[in
         plain = datasets[0].get("type") == "dpo_plugin.text"
         if not (plain and all(isinstance(prompt.content, str) for prompt in found)):
             check_rendered_as_trained(islice(trainer.train_dataset, 8), renderer, settings.prompts)
-        return [render_prompt(prompt, renderer, plain, f"`{KEY}: {settings.prompts}`") for prompt in found]
+        where = f"`{KEY}: {settings.prompts}`"
+        return [(render_prompt(prompt, renderer, plain, where), prompt.row) for prompt in found]
     evaluation = (data for name, data in named_datasets(trainer) if name.startswith("evaluation"))
     prompts = prompts_of_pairs(chain.from_iterable(evaluation), settings.count)
     if not prompts:
         raise ConfigError(f"`{KEY}: eval` finds no evaluation data. Write: prompts: <file>")
-    return prompts
+    return [(ids, {}) for ids in prompts]
 
 
 def make_sampler(trainer: RunningTrainer, settings: SamplesConfig, seed: int) -> Sampler:
@@ -80,8 +92,10 @@ class SamplesCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: RunningTrainer, settings: SamplesConfig):
         self.trainer = trainer
         self.settings = settings
-        self._prompts: list[list[int]] = []
+        self._scorer = scorer_of(trainer.settings.config)
+        self._prompts: list[tuple[list[int], Mapping[str, Any]]] = []
         self._last: int | None = None
+        self._win_rate: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Prepare the prompts."""
@@ -89,7 +103,7 @@ class SamplesCallback(TrainerCallback):  # type: ignore[misc]
         if trainer.is_fsdp_enabled:  # by accelerate's own settings; the YAML's are refused before weights are read
             raise refusal("FSDP")
         self._last = state.global_step
-        self._prompts = prompt_ids(trainer, self.settings)
+        self._prompts = tokenized_prompts(trainer, self.settings)
         if state.is_world_process_zero:
             with may_fail(Path(args.output_dir) / SAMPLES):
                 records.keep_until(Path(args.output_dir) / SAMPLES, state.global_step)
@@ -98,6 +112,15 @@ class SamplesCallback(TrainerCallback):  # type: ignore[misc]
         """Take samples if they are due; the last before trackers close."""
         if state.global_step % self.settings.every_steps == 0 or state.global_step >= state.max_steps:
             self._take(args, state)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        """Add the win rate of now to an evaluation during training, so that it can choose the best model."""
+        if self._scorer is None or self._last is None or metrics is None:
+            return
+        self._take(args, state)
+        rate = gather_object(self._win_rate)[0]  # of the rank that answered
+        if rate is not None:
+            metrics[f"eval_{WIN_RATE}"] = rate
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take samples of a run that was stopped early."""
@@ -110,12 +133,27 @@ class SamplesCallback(TrainerCallback):  # type: ignore[misc]
         trainer = self.trainer
         sampler = make_sampler(trainer, self.settings, seed=args.seed + state.global_step)
         with trainer.accelerator.autocast():
-            samples = sampler(trainer.model, self._prompts, state.global_step)
+            samples = sampler(trainer.model, [ids for ids, _ in self._prompts], state.global_step)
+        title = f"dpo_plugin: samples at step {state.global_step}"
+        if self.settings.temperature == 1:
+            trainer.recorder.note({"samples/divergence": divergence(samples, args.beta)})
+        if self._scorer is not None:
+            samples = scored(samples, [row for _, row in self._prompts], self._scorer)
+            title += self._note(samples)
         file = Path(args.output_dir) / SAMPLES
         with may_fail(file):
             records.append_samples(file, samples)
-        Console().print(records.samples_table(samples, f"dpo_plugin: samples at step {state.global_step}"))
+        Console().print(records.samples_table(samples, title))
         send_to_trackers(trainer.callback_handler.callbacks, samples, state.global_step)
+
+    def _note(self, samples: Sequence[records.Sample]) -> str:
+        """Put the win rate into the next line of the log; returns it as text."""
+        found = WinRate.of(samples)
+        if found is None:
+            return ""
+        self._win_rate = found.rate
+        self.trainer.recorder.note({WIN_RATE: found.rate})
+        return f": {found}"
 
 
 def send_to_trackers(callbacks: Sequence[Any], samples: Sequence[records.Sample], step: int) -> None:

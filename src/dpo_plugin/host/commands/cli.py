@@ -124,11 +124,16 @@ def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> Any:
     "--prompts", metavar="FILE", help="Prompts: JSON lines or text. Default: of `samples`, or held-out pairs."
 )
 @click.option("--checkpoint", metavar="DIR", help="The policy. Default: output_dir.")
-def compare(config: str, prompts: str | None, checkpoint: str | None, as_json: bool) -> Any:
+@click.option("--scorer", metavar="NAME", help="Judges the answers. Default: that of `samples`, if any.")
+@click.option(
+    "--temperature", "temperatures", type=click.FloatRange(min=0), multiple=True, metavar="T",
+    help="Judge answers at this temperature, too; may be repeated.",
+)  # fmt: skip
+def compare(config: str, as_json: bool, **options: Any) -> Any:
     """Show answers of policy and reference side by side, and accuracy and margin on held-out pairs, by source."""
     from dpo_plugin.host.commands.compare import compare as run
 
-    found = run(config, prompts, checkpoint)
+    found = run(config, **options)
     return asdict(found) if as_json else found.parts()
 
 

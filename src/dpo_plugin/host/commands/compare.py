@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,18 @@ from dpo_plugin.config import parse_config
 from dpo_plugin.errors import CheckpointError, ConfigError
 from dpo_plugin.host import datasets as host_datasets
 from dpo_plugin.host.callbacks.progress import Progress
-from dpo_plugin.host.callbacks.samples import make_sampler, prompt_ids
+from dpo_plugin.host.callbacks.samples import make_sampler, tokenized_prompts
 from dpo_plugin.host.commands.config_file import load_config, on_one_process, trained_folder
 from dpo_plugin.host.output_dir.checkpoints import read_marker
 from dpo_plugin.host.output_dir.resume import REFERENCE_STATE, load_reference
 from dpo_plugin.host.plugin import DPOPlugin
 from dpo_plugin.host.settings import RunSettings
+from dpo_plugin.host.templates import scorer_of
 from dpo_plugin.host.yaml_keys import read_yaml
 from dpo_plugin.model.adapter_config import AdapterFolder
 from dpo_plugin.samples.prompts import read_prompts
 from dpo_plugin.samples.records import Sample, samples_table
+from dpo_plugin.samples.win_rate import Judged, judged_table, scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class Comparison:
         samples: Answers.
         held_out: Of all held-out pairs, or None if there are none.
         by_source: The same by source.
+        win_rates: Temperature → how often the policy's answer has the higher score, and KL(π ‖ π_ref) in nats per token
+            where that is estimated, at temperature 1; empty without a scorer.
     """
 
     policy: str
@@ -65,6 +69,7 @@ class Comparison:
     samples: Sequence[Sample]
     held_out: Figures | None
     by_source: Mapping[str, Figures]
+    win_rates: Mapping[float, Judged] = field(default_factory=dict)
 
     def parts(self) -> list[Any]:
         """Texts and tables for the terminal."""
@@ -73,6 +78,8 @@ class Comparison:
 
         head = [f"policy: {self.policy}", f"reference: {self.reference}", *([self.note] if self.note else [])]
         answers = samples_table(self.samples, "Answers")
+        if self.win_rates:
+            head.append(judged_table(self.win_rates))
         if self.held_out is None:
             return [*head, answers, "no held-out data: the config has neither test_datasets nor val_set_size"]
         table = Table("held-out", "accuracy", "margin", "pairs", title="Held-out pairs")
@@ -81,20 +88,28 @@ class Comparison:
         return [*head, answers, table]
 
 
-def compare(config: str | Path, prompts: str | None = None, checkpoint: str | None = None) -> Comparison:
+def compare(
+    config: str | Path,
+    prompts: str | None = None,
+    checkpoint: str | None = None,
+    scorer: str | None = None,
+    temperatures: Sequence[float] = (),
+) -> Comparison:
     """Compare the policy that a config has trained with its reference: their answers, and figures of held-out pairs.
 
     Args:
         config: The config of the run; what splits the model over ranks in it is left out.
         prompts: A file of prompts; by default those of the section ``samples``, else of the evaluation data.
         checkpoint: Folder of the policy; by default ``output_dir``.
+        scorer: The scorer that judges the answers; by default that of the section ``samples``, if any.
+        temperatures: More temperatures at which answers are judged.
 
     Raises:
         DPOPluginError: If the policy, the reference or the prompts are missing, before a model is loaded.
     """
     if prompts is not None:
         read_prompts(prompts, "--prompts")
-    raw = _raw_config(Path(config), prompts)
+    raw = _raw_config(Path(config), prompts, scorer)
     folder = _policy_folder(raw, checkpoint)
     cfg, settings = load_config(raw, gpu_capabilities())
     if cfg.adapter:
@@ -106,24 +121,28 @@ def compare(config: str | Path, prompts: str | None = None, checkpoint: str | No
         )
     DPOPlugin.active().settings = settings
     plugin_set_cfg(cfg)
-    return _measure(_trainer(cfg, settings, folder), settings, folder)
+    if temperatures and scorer_of(settings.config) is None:
+        raise ConfigError("--temperature is for answers that are judged. Write: --scorer rule")
+    return _measure(_trainer(cfg, settings, folder), settings, folder, temperatures)
 
 
-def _raw_config(path: Path, prompts: str | None) -> dict[str, Any]:
+def _raw_config(path: Path, prompts: str | None, scorer: str | None) -> dict[str, Any]:
     """Read the YAML for one process, with a section ``samples``."""
     raw = on_one_process(read_yaml(path))
     section = raw.get("dpo_plugin") or {}
     parse_config(section)
-    samples = {**(section.get("samples") or {}), **({"prompts": prompts} if prompts is not None else {})}
+    options = {"prompts": prompts, "scorer": scorer}
+    samples = (section.get("samples") or {}) | {key: given for key, given in options.items() if given is not None}
     return {**raw, "dpo_plugin": {**section, "samples": samples}}
 
 
 def _policy_folder(raw: Mapping[str, Any], checkpoint: str | None) -> Path:
     folder = trained_folder(raw, checkpoint)
     if folder is None:
+        file = "adapter_config.json" if raw.get("adapter") else "config.json"
         raise ConfigError(
-            f"`axolotl dpo compare` needs the trained policy, and `output_dir: {raw.get('output_dir')}` holds none. "
-            "Train first, or write: --checkpoint <folder>"
+            f"`axolotl dpo compare` needs the trained policy, and `output_dir: {raw.get('output_dir')}` holds no "
+            f"{file}. Train first, or write: --checkpoint <folder>"
         )
     return folder
 
@@ -155,12 +174,20 @@ def _trainer(cfg: Any, settings: RunSettings, folder: Path) -> Any:
     return trainer
 
 
-def _measure(trainer: Any, settings: RunSettings, folder: Path) -> Comparison:
-    samples = settings.config.samples
+def _measure(trainer: Any, settings: RunSettings, folder: Path, temperatures: Sequence[float]) -> Comparison:
+    samples, scorer = settings.config.samples, scorer_of(settings.config)
     assert samples is not None
-    prompts = prompt_ids(trainer, samples)
-    with trainer.accelerator.autocast():
-        answers = make_sampler(trainer, samples, trainer.args.seed)(trainer.model, prompts)
+    prompts = tokenized_prompts(trainer, samples)
+
+    def answered(temperature: float) -> list[Sample]:
+        sampler = make_sampler(trainer, samples.model_copy(update={"temperature": temperature}), trainer.args.seed)
+        with trainer.accelerator.autocast():
+            found = sampler(trainer.model, [ids for ids, _ in prompts])
+        return found if scorer is None else scored(found, [row for _, row in prompts], scorer)
+
+    all_temperatures = dict.fromkeys((samples.temperature, *temperatures))
+    by_temperature = {temperature: answered(temperature) for temperature in all_temperatures}
+    judged = {one: Judged.of(found, one, trainer.args.beta) for one, found in by_temperature.items()}
     found = held_out(trainer.evaluate()) if trainer.eval_dataset is not None else {}
     facts = dict(trainer.origin.reference)
     made_with = (read_marker(folder) or {}).get("reference", facts)
@@ -169,9 +196,10 @@ def _measure(trainer: Any, settings: RunSettings, folder: Path) -> Comparison:
         policy=str(folder),
         reference=" ".join(facts.values()),
         note=another if made_with != facts else None,
-        samples=answers,
+        samples=by_temperature[samples.temperature],
         held_out=found.pop("", None),
         by_source=found,
+        win_rates={temperature: found for temperature, found in judged.items() if found is not None},
     )
 
 
