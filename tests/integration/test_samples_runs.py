@@ -147,6 +147,8 @@ class TestScorer:
             own = [line["policy"] for line in lines if line["step"] == step]
             kl = sum(answer["reward"] for answer in own) / 0.1 / sum(answer["tokens"] for answer in own)
             assert logged["samples/divergence"] == pytest.approx(kl)
+            assert logged["samples/score"] == pytest.approx(sum(mine for mine, _ in scores) / 3)
+        assert "Score against divergence" in (run.output_dir / "report.html").read_text()
         assert sum("samples/win_rate" in line for line in run.lines) == 2
 
     def test_it_chooses_the_best_model(self, run):

@@ -55,6 +55,7 @@ FIELDS: dict[str, str] = {
     "from the second epoch on if reference.cache is set.",
     "samples/win_rate": "Share of the sampled prompts to which the policy's answer has the higher score, ties counted "
     "half. Starts near 0.5 and should rise.",
+    "samples/score": "Mean score of the policy's answers to the sampled prompts. Should rise.",
     "samples/divergence": "KL of policy and reference in nats per token, from the policy's own answers. Grows with "
     "what is learned; large without a better win rate, the policy has drifted.",
     "memory/peak_gib": "Highest memory of a GPU since the start, in GiB.",

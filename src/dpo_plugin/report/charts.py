@@ -66,6 +66,7 @@ class Chart:
         last: The last step of the run, where every chart's axis ends.
         spreads: Name in the legend → values, drawn as histograms over one axis instead of lines over steps.
         span: Least and greatest value on the axis of histograms that are to be compared.
+        across: What the horizontal axis of lines is.
     """
 
     key: str
@@ -78,6 +79,7 @@ class Chart:
     last: int = 0
     spreads: Mapping[str, Sequence[float]] = field(default_factory=dict)
     span: tuple[float, float] | None = None
+    across: str = "step"
 
 
 def thinned(series: Series) -> Values:
@@ -135,7 +137,7 @@ def draw(chart: Chart) -> Figure:
         axes.set_ylim(*sorted((0.0, 2 * constant)) if constant else (-1.0, 1.0))
     for number, (first, last) in (chart.marks or {}).items():
         _mark(axes, number, first, last)
-    _dress(axes, "step" if chart.lines else "reward")
+    _dress(axes, chart.across if chart.lines else "reward")
     if chart.lines and chart.last:
         axes.set_xlim(-0.02 * chart.last, 1.02 * chart.last)
     return figure

@@ -76,6 +76,9 @@ PANELS = (
         "sources", "Accuracy by source", {}, (0.5, "chance"),
         note="Of each source alone. All should rise; one that stays behind may have other labels, or too few pairs.",
     ),
+    Panel("win_rate", "Win rate", {"samples/win_rate": "policy against reference"}, (0.5, "chance")),
+    Panel("score", "Score of the answers", {"samples/score": "policy"}),
+    Panel("divergence", "Divergence of the answers", {"samples/divergence": "KL per token"}),
     Panel("gradient", "Gradient norm", {"grad_norm": "gradient norm"}, log=True),
     Panel("rate", "Learning rate", {"learning_rate": "learning rate"}),
     Panel(
@@ -128,6 +131,8 @@ def charts(history: History, findings: Sequence[Finding], rewards: Rewards | Non
             yield Chart(panel.key, panel.title, panel.caption, drawn[panel.key], level, panel.log, mark, last)
         if panel.key == "rewards":
             yield from reward_charts(rewards or {})
+        if panel.key == "divergence":
+            yield from _score_over_divergence(history)
     for name in [name for name in history.names() if not explain(name) and len(history[name]) > 1][:OTHER_CHARTS]:
         caption = "Logged by another package or trainer."
         yield Chart(f"field-{name.replace('/', '-')}", name, caption, [Line(name, history[name])], last=last)
@@ -150,6 +155,21 @@ def reward_charts(rewards: Rewards) -> Iterator[Chart]:
         )
         sides = {side: course[when][side] for side in ("chosen", "rejected")}
         yield Chart(f"rewards-{when}", f"Rewards at the {when}", caption, spreads=sides, span=span)
+
+
+def _score_over_divergence(history: History) -> Iterator[Chart]:
+    """Draw what the answers have gained against how far the policy has gone for it (Rafailov et al. 2023, fig. 2)."""
+    score, far = history["samples/score"], history["samples/divergence"]
+    at = dict(zip(far.steps, far.values, strict=True))
+    both = [(at[step], value) for step, value in zip(score.steps, score.values, strict=True) if step in at]
+    if len(both) > 1:
+        series = Series(*(array("d", column) for column in zip(*both, strict=True)))
+        caption = (
+            "Each dot is a sampling, in the order of the steps. Should rise to the right; where it turns down, the "
+            "policy goes on moving away from the reference and its answers become worse."
+        )
+        line = [Line("policy", series, held_out=True)]
+        yield Chart("score-divergence", "Score against divergence", caption, line, across="KL per token, nats")
 
 
 def comparison(runs: Mapping[str, History]) -> Iterator[Chart]:

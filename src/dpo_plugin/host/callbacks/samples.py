@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
@@ -148,6 +149,7 @@ class SamplesCallback(TrainerCallback):  # type: ignore[misc]
 
     def _note(self, samples: Sequence[records.Sample]) -> str:
         """Put the win rate into the next line of the log; returns it as text."""
+        self.trainer.recorder.note({"samples/score": mean(sample.policy.score or 0.0 for sample in samples)})
         found = WinRate.of(samples)
         if found is None:
             return ""
