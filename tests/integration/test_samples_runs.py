@@ -206,7 +206,8 @@ class TestCompare:
         audit = (run.output_dir / "data_audit.json").stat().st_mtime_ns
         loads, load = [], ModelLoader.load
         monkeypatch.setattr(ModelLoader, "load", lambda self: loads.append(1) or load(self))
-        found = compare(yaml_of(deepspeed={"zero_optimization": {"stage": 3}}))
+        section = {"samples": SAMPLES, "loading": "sharded"}
+        found = compare(yaml_of(deepspeed={"zero_optimization": {"stage": 3}}, dpo_plugin=section))
         assert len(loads) == 1
         assert found.policy == str(run.output_dir)
         assert found.note is None

@@ -53,7 +53,11 @@ _LEFT_OUT = (
 
 def on_one_process(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what splits the model over ranks, and what would log anywhere."""
-    return {key: value for key, value in raw.items() if key not in _LEFT_OUT}
+    kept = {key: value for key, value in raw.items() if key not in _LEFT_OUT}
+    section = kept.get("dpo_plugin")
+    if isinstance(section, dict):
+        kept["dpo_plugin"] = {key: value for key, value in section.items() if key != "loading"}  # it is about engines
+    return kept
 
 
 def trained_folder(raw: Mapping[str, Any], checkpoint: str | None) -> Path | None:
