@@ -166,7 +166,7 @@ class TestScorer:
         assert [judged["divergence"] is None for judged in found.values()] == [False, True, True]
         assert all(sum(judged["win_rate"].values()) == 3 for judged in found.values())
         shown = CliRunner().invoke(dpo, ["compare", str(file)])
-        assert "win rate" in shown.stdout
+        assert "Scores" in shown.stdout
 
     def test_a_scorer_that_cannot_work_is_refused_before_a_model_is_loaded(self, base_dir, sft_dir, data, tmp_path):
         for scorer, says in (("lenght", "Write: dpo_plugin.samples.scorer: length"), ("command", "needs a program")):

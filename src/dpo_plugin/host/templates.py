@@ -66,7 +66,7 @@ def scorer_of(config: DPOPluginConfig) -> CheckedScorer | None:
     Raises:
         ConfigError: If nobody registered it, or the section ``pairs`` lacks what it needs.
     """
-    name = config.samples and config.samples.scorer
+    name = None if config.samples is None else config.samples.scorer
     if name is None:
         return None
     return CheckedScorer.make(name, get_registry().scorers.find(name, "dpo_plugin.samples.scorer"), config.pairs)

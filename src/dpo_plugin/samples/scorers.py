@@ -92,7 +92,7 @@ class CheckedScorer:
         if not candidates:
             return []
         try:
-            scores = list(self.score(candidates))
+            scores: list[Any] = list(self.score(candidates))
         except DPOPluginError:
             raise
         except Exception as error:  # a third party's code

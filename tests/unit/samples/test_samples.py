@@ -246,7 +246,8 @@ class TestKept:
         keep_until(file, 4)
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         assert [line["step"] for line in lines] == [2, 4]
-        assert lines[0]["policy"] == {"text": "[red]yes", "tokens": 3, "ended": True, "reward": 0.5}
+        policy = {"text": "[red]yes", "tokens": 3, "ended": True, "reward": 0.5, "score": None}
+        assert lines[0]["policy"] == policy
         keep_until(file, 0)
         assert file.read_text() == ""
 

@@ -162,7 +162,7 @@ class _Run:
         """What decides answers besides prompts and models."""
         own = ("answers", "temperature", "top_p", "max_new_tokens", "batch_size")
         drawn = {name: getattr(self.options, name) for name in own}
-        template = self.settings.template | {"type": self.settings.datasets[0].get("type")}
+        template = {**self.settings.template, "type": self.settings.datasets[0].get("type")}
         return {**drawn, "seed": self.seed, "template": template, "numerics": dict(self.settings.numerics)}
 
     def folder(self, model: str) -> str:
