@@ -48,7 +48,7 @@ def prepare(config, folder):
         (
             {"dpo_plugin": {"refrence": {}}},
             ConfigError,
-            "unknown key `dpo_plugin.refrence`. Known: compute, data, health, loading, loss, metrics, reference, report, samples.*reference",
+            "unknown key `dpo_plugin.refrence`. Known: compute, data, health, loading, loss, metrics, pairs, reference, report, samples.*reference",
         ),
         (
             {"dpo_plugin": {"reference": {"strat": "x"}}},

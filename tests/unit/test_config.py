@@ -66,7 +66,7 @@ WRONG = [
     ([], "`dpo_plugin` should be a valid mapping (found []). Write: dpo_plugin: {reference: {strategy: adapter}}"),
     ("", "`dpo_plugin` should be a valid mapping (found ''). Write: dpo_plugin: {reference: {strategy: adapter}}"),
     ({"reference": []}, "`dpo_plugin.reference` should be a valid mapping (found []). Write: reference: {strategy: adapter}"),
-    ({3: 4}, "unknown key `dpo_plugin.3`. Known: compute, data, health, loading, loss, metrics, reference, report, samples. Write: compute: {max_tokens: 8192}"),
+    ({3: 4}, "unknown key `dpo_plugin.3`. Known: compute, data, health, loading, loss, metrics, pairs, reference, report, samples. Write: compute: {max_tokens: 8192}"),
     ({"compute": {"max_token": 4}}, "unknown key `dpo_plugin.compute.max_token`. Known: checkpoint_layers, logits_chunk, master_weights, max_tokens, prefix_sharing. Write: max_tokens: 8192"),
     ({"compute": {"checkpoint_layers": -1}}, "`dpo_plugin.compute.checkpoint_layers` should be 'auto' or greater than or equal to 0 (found -1). Write: checkpoint_layers: auto"),
     ({"compute": {"checkpoint_layers": True}}, "`dpo_plugin.compute.checkpoint_layers` should be 'auto' or a valid integer (found True). Write: checkpoint_layers: auto"),

@@ -43,7 +43,7 @@ from dpo_plugin.types import Finding
 from tests.unit.health.test_health import recorded
 from tests.unit.metrics.test_metrics import some_pairs
 
-NOT_RECORDED = {"entropy", "drift", "speed", "logits"}
+NOT_RECORDED = {"entropy", "drift", "speed", "logits", "win_rate", "score", "divergence"}
 """Panels of fields that came after the runs were recorded."""
 
 
@@ -675,3 +675,17 @@ def test_answers_are_one_card_per_prompt_latest_first_with_the_users_turn(tmp_pa
 def test_names_in_charts_are_text(name: str):
     chart = Chart("loss", name, "", [Line(name, series([1.0, 2.0]))])
     assert html.escape(name, quote=False) in to_svg(chart)
+
+
+def test_the_score_is_drawn_against_the_divergence_where_both_were_sampled(tmp_path: Path):
+    history = History()
+    lines = [{"samples/score": 0.2, "samples/divergence": 0.01}, {"samples/score": 0.3}]
+    for step, line in enumerate([*lines, {"samples/score": 0.5, "samples/divergence": 0.4}]):
+        history.add({"step": step, **line})
+    (chart,) = (chart for chart in charts(history, []) if chart.key == "score-divergence")
+    (line,) = chart.lines
+    assert list(zip(line.series.steps, line.series.values, strict=True)) == [(0.01, 0.2), (0.4, 0.5)]
+    assert "KL per token, nats" in to_svg(chart)
+    history = History()
+    history.add({"step": 1, **lines[0]})
+    assert not [chart for chart in charts(history, []) if chart.key == "score-divergence"]
