@@ -226,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--hidden", type=int, default=2560)
-    parser.add_argument("--engines", default=",".join(ENGINES))
+    parser.add_argument("--engines", default="zero3,fsdp2", help=f"of {', '.join(ENGINES)}")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     names = ("torch", "transformers", "bitsandbytes", "deepspeed", "accelerate", "axolotl")
