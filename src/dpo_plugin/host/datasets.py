@@ -70,11 +70,7 @@ def load_datasets(cfg: Any, settings: RunSettings) -> TrainDatasetMeta | None:
         return None
     _, parts, audits = prepare_all(cfg, settings)
     report_audits(audits, Path(cfg.output_dir))
-    train = merge_datasets(parts["datasets"], cfg)
-    if parts["test_datasets"]:
-        test = merge_datasets(parts["test_datasets"], cfg)
-    else:
-        train, test = create_train_validation_split(train, cfg, cfg.val_set_size) if cfg.val_set_size else (train, None)
+    train, test = train_and_test(parts, cfg)
     steps = math.ceil(len(train) * cfg.num_epochs / cfg.batch_size)
     return TrainDatasetMeta(train_dataset=train, eval_dataset=test, total_num_steps=steps)
 
@@ -86,6 +82,14 @@ def _types(settings: RunSettings) -> tuple[list[str], list[str]]:
     return ours, [kind for kind in kinds if kind not in (*ours, *HOST_TYPES)]
 
 
+def train_and_test(parts: Mapping[str, list[Dataset]], cfg: Any) -> tuple[Dataset, Dataset | None]:
+    """Training and held-out pairs of the parts that `prepare_all` gives, mixed and split as the config says."""
+    train = merge_datasets(parts["datasets"], cfg)
+    if parts["test_datasets"]:
+        return train, merge_datasets(parts["test_datasets"], cfg)
+    return create_train_validation_split(train, cfg, cfg.val_set_size) if cfg.val_set_size else (train, None)
+
+
 def prepare_all(cfg: Any, settings: RunSettings) -> tuple[Any, dict[str, list[Dataset]], list[dict[str, Any]]]:
     """Load every data set of a config, preparing those that are not on disk yet.
 
@@ -95,18 +99,31 @@ def prepare_all(cfg: Any, settings: RunSettings) -> tuple[Any, dict[str, list[Da
     Raises:
         ConfigError: If a data set is of a type that only the host can read.
     """
-    if theirs := _types(settings)[1]:
-        raise ConfigError(f"`type: {theirs[0]}` is read by axolotl alone. Write: type: dpo_plugin.chat")
-    tokenizer = load_tokenizer(cfg)
+    tokenizer, prepared = preparations(cfg, settings)
     folder = Path(cfg.dataset_prepared_path or "last_run_prepared")
     parts: dict[str, list[Dataset]] = {"datasets": [], "test_datasets": []}
     audits = []
-    for key, entries in (("datasets", settings.datasets), ("test_datasets", settings.test_datasets)):
-        for index, entry in enumerate(entries):
-            data, audit = preparation(cfg, settings, entry, f"{key}[{index}]", tokenizer).load_or_run(folder)
-            parts[key].append(data)
-            audits.append(audit)
+    for one in prepared:
+        data, audit = one.load_or_run(folder)
+        parts[one.config_key.partition("[")[0]].append(data)
+        audits.append(audit)
     return tokenizer, parts, audits
+
+
+def preparations(cfg: Any, settings: RunSettings) -> tuple[Any, list[Preparation]]:
+    """The tokenizer, and what prepares each data set of a config, in its order.
+
+    Raises:
+        ConfigError: If a data set is of a type that only the host can read.
+    """
+    if theirs := _types(settings)[1]:
+        raise ConfigError(f"`type: {theirs[0]}` is read by axolotl alone. Write: type: dpo_plugin.chat")
+    tokenizer = load_tokenizer(cfg)
+    return tokenizer, [
+        preparation(cfg, settings, entry, f"{key}[{index}]", tokenizer)
+        for key, entries in (("datasets", settings.datasets), ("test_datasets", settings.test_datasets))
+        for index, entry in enumerate(entries)
+    ]
 
 
 def preparation(cfg: Any, settings: RunSettings, entry: Mapping[str, Any], where: str, tokenizer: Any) -> Preparation:

@@ -95,6 +95,25 @@ def preview(config: str, rows: int, split: str, as_json: bool) -> Any:
 
 
 @command
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@click.option("--reference", is_flag=True, help="Load the reference and show its margins; they are cached for the run.")
+@click.option(
+    "--rows", type=click.IntRange(min=1), default=10, show_default=True, help="How many rows of a kind to name."
+)
+@click.option(
+    "--keep", metavar="RULE[,RULE...]", help="Rules for the rows in --out: unique, consistent, new, margin:LOW..HIGH."
+)
+@click.option("--out", metavar="FILE", help="With --keep, the file for the rows that pass, as JSON lines.")
+def audit(config: str, as_json: bool, **options: Any) -> Any:
+    """Look for what is odd about the training pairs of CONFIG: repeats, contradictions, leaks, margins."""
+    from dpo_plugin.host.commands.audit import audit as run
+    from dpo_plugin.host.commands.audit_text import audit_parts
+
+    found = run(config, **options)
+    return found if as_json else audit_parts(found)
+
+
+@command
 @click.argument("runs", nargs=-1, required=True, metavar="OUTPUT_DIR...")
 @click.option("--out", type=click.Path(dir_okay=False), help="HTML file. Default: report.html in the first folder.")
 def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> Any:

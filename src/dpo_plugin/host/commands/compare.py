@@ -123,7 +123,9 @@ def compare(
     plugin_set_cfg(cfg)
     if temperatures and scorer_of(settings.config) is None:
         raise ConfigError("--temperature is for answers that are judged. Write: --scorer rule")
-    return _measure(_trainer(cfg, settings, folder), settings, folder, temperatures)
+    trainer = run_trainer(cfg, settings, folder)
+    load_reference(trainer.reference.strategy, folder)
+    return _measure(trainer, settings, folder, temperatures)
 
 
 def _raw_config(path: Path, prompts: str | None, scorer: str | None) -> dict[str, Any]:
@@ -147,14 +149,20 @@ def _policy_folder(raw: Mapping[str, Any], checkpoint: str | None) -> Path:
     return folder
 
 
-def _trainer(cfg: Any, settings: RunSettings, folder: Path) -> Any:
-    """Build the run's own trainer, with the base model loaded once; in full fine-tuning, policy and base."""
+def run_trainer(cfg: Any, settings: RunSettings, policy: Path | None = None) -> Any:
+    """Build the run's own trainer, with the base model loaded once; in full fine-tuning, policy and base.
+
+    Args:
+        cfg: The host's config, for one process.
+        settings: The run's settings, those that the plugin has.
+        policy: In full fine-tuning, the folder of the policy, or None for the base.
+    """
     with tempfile.TemporaryDirectory() as elsewhere:  # the audit in output_dir stays that of the training
         data = host_datasets.load_datasets(DictDefault({**cfg, "output_dir": elsewhere}), settings)
     data = data or load_preference_datasets(cfg=cfg)
     of_policy = copy.deepcopy(cfg)
-    if not cfg.adapter:
-        of_policy.base_model = of_policy.base_model_config = str(folder)
+    if not cfg.adapter and policy is not None:
+        of_policy.base_model = of_policy.base_model_config = str(policy)
     model, tokenizer, peft_config, processor = setup_model_and_tokenizer(of_policy)
     trainer = setup_trainer(
         cfg=cfg,
@@ -167,7 +175,6 @@ def _trainer(cfg: Any, settings: RunSettings, folder: Path) -> Any:
         model_ref=setup_reference_model(cfg, tokenizer, processor),
         peft_config=peft_config,
     )
-    load_reference(trainer.reference.strategy, folder)
     trainer.remove_callback(Progress)  # its line does not belong in what is printed
     trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # places it, as `Trainer.evaluate` does
     trainer.model.eval()
