@@ -205,9 +205,8 @@ def reference_logps(cfg: Any, settings: RunSettings) -> dict[bytes, tuple[float,
     with tempfile.TemporaryDirectory() as elsewhere:  # nothing of this belongs into output_dir
         trainer = run_trainer(DictDefault({**cfg, "output_dir": elsewhere}), settings)
         decide_layout(trainer)
-        for inputs in tqdm(
-            trainer.get_eval_dataloader(trainer.train_dataset), desc="Reference log-probs", unit="batch"
-        ):
+        loader = trainer.get_eval_dataloader(trainer.train_dataset)
+        for inputs in tqdm(loader, desc="Reference log-probs", unit="batch", disable=None):
             for pack in packs_of(trainer.accelerator, trainer._prepare_inputs(inputs), training=False):
                 batch = to_pair_batch(pack)
                 logps = trainer.preference_step.reference_logps(trainer.model_wrapped, batch)

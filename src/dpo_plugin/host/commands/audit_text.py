@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from dpo_plugin.data.suspects import (
@@ -138,7 +138,8 @@ def _texts(found: Mapping[str, Any]) -> list[str]:
         f"{found['pairs']} training pairs, {found['held_out']} held out; left out by the data audit: {one_line(out)}",
         f"chosen minus rejected, tokens: {_spread(gap)}, mean {gap['mean']:+.1f}; "
         f"chosen is longer in {gap['chosen_longer']:.0%}",
-        f"prompts of an earlier pair: {found['same_prompt']} the same, {'?' if near is None else near} nearly the same",
+        f"pairs whose prompt an earlier one has: {found['same_prompt']} the same"
+        f"{'' if near is None else f', {near} nearly the same'}",
         f"copies of an earlier pair: {found['duplicates']}",
         f"pairs that contradict others of their prompt: {found['contradictions']}",
         f"pairs with an answer that another pair has on the other side: {found['both_sides']}, as rankings have",
@@ -170,13 +171,13 @@ def _margin_parts(margins: Mapping[str, Any] | None) -> list[Any]:
         f"margin of the reference, nats: {_spread(margins['nats'])}",
         f"margin of the reference, nats per token: {_spread(margins['nats_per_token'])}; "
         f"it prefers rejected in {margins['prefers_rejected']:.0%}",
-        _ends("Lowest margins: the reference prefers rejected, or the sides are swapped", margins["lowest"]),
-        _ends("Highest margins: the reference prefers chosen already", margins["highest"]),
+        _ends("Lowest margins per token: a label to doubt, or much to learn", margins["lowest"]),
+        _ends("Highest margins per token: the reference prefers chosen already", margins["highest"]),
     ]
 
 
 def _ends(title: str, records: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table("row", "source", "nats", "per token", "tokens", "prompt", title=title)
+    table = Table(Column("row", no_wrap=True), "source", "nats", "per token", "tokens", "prompt", title=title)
     for one in records:
         nats, mean = f"{one['nats']:+.2f}", f"{one['nats_per_token']:+.3f}"
         tokens = f"{one['chosen_tokens']} / {one['rejected_tokens']}"
@@ -186,8 +187,8 @@ def _ends(title: str, records: Sequence[Mapping[str, Any]]) -> Table:
 
 def _suspects(found: Mapping[str, Any]) -> list[Any]:
     if not found["suspects"]:
-        return ["no pair is suspicious by itself"]
-    table = Table("row", "source", "why", "prompt", title="Most suspicious pairs")
+        return ["no pair is suspicious"]
+    table = Table(Column("row", no_wrap=True), "source", "why", "prompt", title="Most suspicious pairs")
     for one in found["suspects"]:
         table.add_row(Text(_name(one)), Text(one["source"]), Text("; ".join(one["reasons"])), Text(one["excerpt"]))
     return [table]
