@@ -71,7 +71,7 @@ class TestTexts:
         found = audit(config())
         assert (found["pairs"], found["held_out"], found["left_out"]) == (8, 2, {"malformed": 1})
         assert (found["same_prompt"], found["near_prompt"]) == (2, 1)
-        assert (found["duplicates"], found["contradictions"], found["both_sides"]) == (1, 2, 2)
+        assert (found["duplicates"], found["contradictions"], found["both_sides"]) == (1, 2, 0)
         assert (found["same_prompt_held_out"], found["near_prompt_held_out"]) == (1, 0)
         assert found["margins"] is found["kept"] is None
         assert [rows_named(group["rows"]) for group in found["repeated"]] == [[1, 2], [3, 4], [6, 7]]

@@ -117,8 +117,8 @@ class PairChecks:
         near: Pair → the first pair whose prompt is nearly the same; None if that was not looked for.
         duplicates: Pair → the first one with the same prompt and answers.
         contradictions: Pair → one that says the opposite, or None where only several together do.
-        both_sides: How many pairs have an answer that another one has on the other side; without a contradiction, that
-            is a ranking of more than two answers.
+        both_sides: How many others have an answer that is on the other side in a pair of the same prompt, as a ranking
+            of more than two answers gives them.
         held_out: Pair → the held-out pair with the same prompt, or nearly the same.
     """
 
@@ -189,7 +189,8 @@ def find_contradictions(pairs: Sequence[AuditedPair]) -> tuple[dict[int, int | N
         for index, pair in ((index, pairs[index]) for index in candidates)
         if _leads_to(below, pair.prompt, pair.rejected, pair.chosen)
     }
-    return found, sum(bool({pair.chosen, pair.rejected} & on_both[pair.prompt]) for pair in pairs)
+    ranked = [index for index, pair in enumerate(pairs) if {pair.chosen, pair.rejected} & on_both[pair.prompt]]
+    return found, len(set(ranked) - set(found))
 
 
 def _leads_to(

@@ -141,8 +141,8 @@ def _texts(found: Mapping[str, Any]) -> list[str]:
         f"pairs whose prompt an earlier one has: {found['same_prompt']} the same"
         f"{'' if near is None else f', {near} nearly the same'}",
         f"copies of an earlier pair: {found['duplicates']}",
-        f"pairs that contradict others of their prompt: {found['contradictions']}",
-        f"pairs with an answer that another pair has on the other side: {found['both_sides']}, as rankings have",
+        f"pairs that contradict others of their prompt: {found['contradictions']}; with an answer that is chosen in "
+        f"one pair and rejected in another, as in a ranking: {found['both_sides']}",
         f"training pairs whose prompt is held out, too: {held if found['held_out'] else 'nothing is held out'}",
     ]
     if near is None:
