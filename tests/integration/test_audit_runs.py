@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from dpo_plugin.errors import ConfigError, DataError, DPOPluginError
 from dpo_plugin.host.commands.audit import audit
 from dpo_plugin.host.commands.cli import dpo
+from dpo_plugin.model.cache import ReferenceLogpCache
 from tests.support import host, tiny
 from tests.support.tiny import chat_row, dpo_config, write_rows
 
@@ -287,6 +288,18 @@ class TestReference:
         elsewhere = str(tmp_path / "fresh")
         fresh = audit(config(lora_model_dir=str(other), dataset_prepared_path=elsewhere), reference=True)["margins"]
         assert fresh == second
+
+    def test_numbers_of_another_model_under_the_same_key_are_found_out(self, config, tmp_path):
+        """As after weights were changed between the samples that the key is made of."""
+        first = audit(config(), reference=True)["margins"]
+        (folder,) = (tmp_path / "prepared/reference_logps").iterdir()
+        right = ReferenceLogpCache(folder.parent, folder.name)
+        for file in folder.iterdir():
+            file.unlink()
+        wrong = ReferenceLogpCache(folder.parent, folder.name)
+        wrong.put(list(right._values), torch.tensor([*right._values.values()]) - torch.tensor([5.0, 0.0]))
+        wrong.flush()
+        assert audit(config(), reference=True)["margins"] == first
 
     @pytest.mark.slow
     def test_without_adapter_it_is_the_base(self, config, base_dir, tokenizer):
