@@ -1,6 +1,7 @@
 """Samples in whole runs on a tiny model, and ``compare`` on what they leave."""
 
 import json
+import sys
 from typing import ClassVar
 
 import pytest
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from dpo_plugin.errors import CheckpointError, ConfigError
+from dpo_plugin.errors import CheckpointError, ConfigError, ScorerError
 from dpo_plugin.host.commands.cli import dpo
 from dpo_plugin.host.commands.compare import compare
 from tests.support import host, tiny
@@ -173,12 +174,36 @@ class TestScorer:
             asked = config(base_dir, sft_dir, data, tmp_path / "out", {**SAMPLES, "scorer": scorer})
             with pytest.raises(ConfigError, match=says):
                 host.load_config(asked, tmp_path)
+        (tmp_path / "prompts.txt").write_text("Why?\n")
+        for prompts in ({}, {"prompts": str(tmp_path / "prompts.txt")}):  # without a word of instructions
+            asked = config(base_dir, sft_dir, data, tmp_path / "out", {**SAMPLES, "scorer": "rule", **prompts})
+            with pytest.raises(ScorerError, match="finds no instructions beside the prompt"):
+                host.load_config(asked, tmp_path)
         made = config(base_dir, sft_dir, data, tmp_path / "out", SAMPLES)
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(made))
         (tmp_path / "out").mkdir()
         tiny.save_adapter(base_dir, tmp_path / "out")
         with pytest.raises(ConfigError, match="--temperature is for answers that are judged. Write: --scorer rule"):
             compare(tmp_path / "config.yaml", temperatures=[1.0])
+
+    @pytest.mark.parametrize("best", [False, True])
+    def test_a_scorer_that_fails_costs_its_scores_and_ends_no_run(
+        self, base_dir, sft_dir, data, tmp_path, best, caplog
+    ):
+        settings = {"eval_steps": 2, "save_steps": 2, "save_strategy": "steps"}
+        if best:
+            settings |= {"metric_for_best_model": "samples/win_rate", "load_best_model_at_end": True}
+        made = config(base_dir, sft_dir, data, tmp_path / "out", {**self.SAMPLES, "scorer": "command"}, **settings)
+        made["dpo_plugin"]["pairs"] = {"command": f"{sys.executable} -c exit(3)"}
+        if best:  # nothing else chooses
+            with pytest.raises(ScorerError, match="exit.3.. ended with 3"):
+                host.train(made, tmp_path)
+            return
+        run = host.train(made, tmp_path)
+        assert [line["policy"]["score"] for line in written(run.output_dir)] == [None] * 6
+        assert run.trainer.state.global_step == 4
+        assert not any("samples/win_rate" in line or "samples/score" in line for line in run.lines)
+        assert "training goes on, but these samples have no scores: the scorer" in caplog.text
 
 
 class TestCompare:

@@ -44,20 +44,25 @@ def check_samples(config: DPOPluginConfig, engine: EngineSettings, held_out: boo
     Raises:
         ConfigError: If the prompts are missing or cannot be read, the scorer is unknown or lacks something, or the
             model is split over ranks.
+        ScorerError: If the scorer cannot judge answers to these prompts.
     """
     samples = config.samples
     if samples is None:
         return
-    scorer_of(config)
+    scorer = scorer_of(config)
     if engine.shards_parameters:
         raise refusal(engine.label)
     if samples.prompts != "eval":
-        read_prompts(samples.prompts, KEY)
+        asked = [(prompt.question, prompt.row) for prompt in read_prompts(samples.prompts, KEY)]
     elif not held_out:
         raise ConfigError(
             f"`{KEY}: eval` takes its prompts from the evaluation data, and the config has none. Write: val_set_size: "
             "0.05, or prompts: <file>"
         )
+    else:
+        asked = [("a prompt of the evaluation data", {})]
+    if scorer is not None:
+        scorer.check(asked)
 
 
 def scorer_of(config: DPOPluginConfig) -> CheckedScorer | None:

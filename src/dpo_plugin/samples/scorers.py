@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -107,6 +107,18 @@ class CheckedScorer:
             if not number or not math.isfinite(float(score)):
                 raise self._error(f"gave {score!r}, which is no finite number, for {_shown(candidate)}")
         return [float(score) for score in scores]
+
+    def check(self, prompts: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+        """Score a short answer to each prompt, unless that takes a program or a model; so that faults show early.
+
+        Args:
+            prompts: What is asked, and its line of the prompts file.
+
+        Raises:
+            ScorerError: If the scorer fails.
+        """
+        if isinstance(self.score, _EachAlone):
+            self([Candidate(asked, "Yes.", row) for asked, row in prompts])
 
     def _error(self, what: str) -> ScorerError:
         return ScorerError(f"the scorer {self.name!r} {what}. Mend it, or write another: pairs: {{scorer: rule}}")

@@ -74,6 +74,21 @@ class TestRule:
             scored("rule", [asked("x", **row)])
 
 
+class TestCheck:
+    def test_a_function_is_tried_on_every_prompt(self):
+        rule = CheckedScorer.make("rule", get_registry().scorers["rule"], PairsConfig())
+        rule.check([("Why?", FEW), ("How?", told("punctuation:no_comma"))])
+        with pytest.raises(ScorerError, match="finds no instructions beside the prompt 'How.'"):
+            rule.check([("Why?", FEW), ("How?", {})])
+
+    def test_programs_and_models_are_not(self):
+        class Dear(BatchScorer):
+            def __call__(self, candidates):
+                raise AssertionError("that costs something")
+
+        CheckedScorer.make("dear", Dear, PairsConfig()).check([("Why?", {})])
+
+
 class Fixed(BatchScorer):
     given = ()
 

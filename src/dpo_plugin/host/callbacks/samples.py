@@ -14,10 +14,10 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from dpo_plugin.config import SamplesConfig
 from dpo_plugin.engines.ranks import gather_object
-from dpo_plugin.errors import ConfigError
+from dpo_plugin.errors import ConfigError, ScorerError
 from dpo_plugin.host.batches import decide_layout, named_datasets
 from dpo_plugin.host.callbacks import RunningTrainer
-from dpo_plugin.host.log import may_fail
+from dpo_plugin.host.log import LOG, may_fail
 from dpo_plugin.host.templates import (
     KEY,
     check_rendered_as_trained,
@@ -30,6 +30,7 @@ from dpo_plugin.report.run_folder import SAMPLES
 from dpo_plugin.samples import records
 from dpo_plugin.samples.generate import AnswerOptions, Sampler
 from dpo_plugin.samples.prompts import prompts_of_pairs, read_prompts
+from dpo_plugin.samples.scorers import CheckedScorer
 from dpo_plugin.samples.win_rate import WinRate, divergence, scored
 
 WIN_RATE = "samples/win_rate"
@@ -139,13 +140,31 @@ class SamplesCallback(TrainerCallback):  # type: ignore[misc]
         if self.settings.temperature == 1:
             trainer.recorder.note({"samples/divergence": divergence(samples, args.beta)})
         if self._scorer is not None:
-            samples = scored(samples, [row for _, row in self._prompts], self._scorer)
-            title += self._note(samples)
+            samples, note = self._judged(samples, self._scorer, args.metric_for_best_model)
+            title += note
         file = Path(args.output_dir) / SAMPLES
         with may_fail(file):
             records.append_samples(file, samples)
         Console().print(records.samples_table(samples, title))
         send_to_trackers(trainer.callback_handler.callbacks, samples, state.global_step)
+
+    def _judged(
+        self, samples: list[records.Sample], scorer: CheckedScorer, best: str | None
+    ) -> tuple[list[records.Sample], str]:
+        """Score samples. A scorer that fails, such as a server that is away, costs these scores and not the run.
+
+        Raises:
+            ScorerError: If the scorer fails and its win rate chooses the best model.
+        """
+        self._win_rate = None
+        try:
+            samples = scored(samples, [row for _, row in self._prompts], scorer)
+        except ScorerError as error:
+            if best is not None and best.removeprefix("eval_") == WIN_RATE:
+                raise
+            LOG.warning(f"dpo_plugin: training goes on, but these samples have no scores: {error}")
+            return samples, ""
+        return samples, self._note(samples)
 
     def _note(self, samples: Sequence[records.Sample]) -> str:
         """Put the win rate into the next line of the log; returns it as text."""

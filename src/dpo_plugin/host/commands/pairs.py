@@ -133,6 +133,7 @@ class _Run:
         policy = trained_folder(raw, checkpoint)
         scorers = get_registry().scorers
         scorer = CheckedScorer.make(options.scorer, scorers.find(options.scorer, "dpo_plugin.pairs.scorer"), options)
+        scorer.check((prompt.question, prompt.row) for prompt in prompts)
         _check_out(out)
         cfg, settings = load_config(raw, gpu_capabilities())
         if policy is not None and cfg.adapter:
