@@ -1,0 +1,120 @@
+"""The end of ``make demo-real``: how often each adapter follows the instructions of the held-out prompts.
+
+Answers are greedy, by plain transformers and PEFT, and judged by IFEval's checkers (the scorer ``rule``).
+
+    python examples/real/measure.py outputs/real dpo [other adapters of that folder]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from dpo_plugin.samples.scorers import rule
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from demo import history
+
+REFERENCE = "sft"
+
+
+def answers(base: Path, adapter: Path, questions: list[str], at_once: int = 32) -> list[str]:
+    """Greedy answers of base + adapter, of at most 96 tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)).eval()
+    found: list[str] = []
+    for start in range(0, len(questions), at_once):
+        chats = [[{"role": "user", "content": question}] for question in questions[start : start + at_once]]
+        batch = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+        )
+        with torch.no_grad():
+            ids = model.generate(
+                **batch, do_sample=False, max_new_tokens=96, eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+        found += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in found]
+
+
+def share(values: list[float]) -> tuple[float, float]:
+    """Mean, and half of its 95 % interval (normal approximation, of the prompts)."""
+    return mean(values), 1.96 * stdev(values) / sqrt(len(values))
+
+
+def followed_table(rows: list[dict[str, Any]], scores: Mapping[str, list[float]]) -> Table:
+    """Share of instructions that each adapter follows: by instruction, in all, and against the reference."""
+    table = Table("instruction", *scores, title=f"Instructions followed, {len(rows)} held-out prompts")
+    for source in dict.fromkeys(row["source"] for row in rows):
+        own = [number for number, row in enumerate(rows) if row["source"] == source]
+        table.add_row(source, *(f"{mean(of[number] for number in own):.2f}" for of in scores.values()))
+    table.add_section()
+    table.add_row("all", *("{:.3f} ± {:.3f}".format(*share(of)) for of in scores.values()))
+    against = [[a - b for a, b in zip(of, scores[REFERENCE], strict=True)] for of in scores.values()]
+    table.add_row("above the SFT adapter", *("{:+.3f} ± {:.3f}".format(*share(of)) for of in against))
+    return table
+
+
+def answers_table(rows: list[dict[str, Any]], found: Mapping[str, list[str]]) -> Table:
+    """One prompt of each instruction with everyone's answer."""
+    table = Table("prompt", *found, title="Greedy answers", show_lines=True)
+    sources = [row["source"] for row in rows]
+    for turn, source in enumerate(dict.fromkeys(sources)):
+        own = [number for number, other in enumerate(sources) if other == source]
+        number = own[turn % len(own)]
+        table.add_row(rows[number]["prompt"], *(of[number] for of in found.values()))
+    return table
+
+
+def main() -> int:
+    """Print both tables, write them as JSON; exit 1 if the run is not what the README promises."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("adapters", nargs="+")
+    arguments = parser.parse_args()
+    disable_progress_bar()
+    folder = arguments.folder
+    rows = [json.loads(line) for line in (folder / "prompts_heldout.jsonl").read_text(encoding="utf-8").splitlines()]
+    asked = [row["prompt"] for row in rows]
+    found = {name: answers(folder / "smollm2", folder / name, asked) for name in (REFERENCE, *arguments.adapters)}
+    scores = {
+        name: [rule(row["prompt"], a, row) for row, a in zip(rows, of, strict=True)] for name, of in found.items()
+    }
+    console = Console(soft_wrap=True)
+    console.print(followed_table(rows, scores))
+    console.print(answers_table(rows, found))
+    (folder / "measured.json").write_text(json.dumps({"scores": scores, "answers": found}, indent=1), encoding="utf-8")
+
+    name = arguments.adapters[0]
+    lines = [line for line in history(folder / name) if "loss" in line]
+    gain, half = share([a - b for a, b in zip(scores[name], scores[REFERENCE], strict=True)])
+    displaced = lines[-1]["logps/chosen_displacement"]
+    console.print(
+        f"{name}: {gain:+.3f} ± {half:.3f} above the SFT adapter; chosen moved by {displaced:+.3f} nats/token"
+    )
+    promised = {
+        "first loss is ln 2": abs(lines[0]["loss"] - 0.6931) <= 1e-4,
+        "0.1 or more above the SFT adapter, and above chance": gain >= 0.1 and gain > half,
+        "chosen log-probs have not fallen by 0.2 nats per token": displaced >= -0.2,
+    }
+    for promise, kept in promised.items():
+        console.print(f"{'yes' if kept else 'NO '}  {promise}")
+    console.print(f"Report of the run, to open in a browser: {(folder / name / 'report.html').resolve()}")
+    return 0 if all(promised.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
