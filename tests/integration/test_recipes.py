@@ -15,6 +15,7 @@ from tests.support.four_bit_experts import quantise_on_cpu
 from tests.support.tiny import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+EXAMPLES = [ROOT / "examples/real/sft.yaml", ROOT / "examples/real/dpo.yaml"]
 
 
 def validated(recipe: Path, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch):
@@ -46,7 +47,7 @@ def lora_of(recipe: dict[str, Any]) -> dict[str, Any]:
     return {key.removeprefix("lora_") if key != "lora_alpha" else key: recipe[key] for key in keys if key in recipe}
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", [*RECIPES, *EXAMPLES], ids=lambda path: path.stem)
 def test_a_recipe_passes_the_hosts_validator(recipe, base_dir, tmp_path, monkeypatch):
     cfg = validated(recipe, adapter_for(recipe, base_dir, tmp_path), monkeypatch)
     raw = yaml.safe_load(recipe.read_text(encoding="utf-8"))
