@@ -30,6 +30,9 @@ def validated(recipe: Path, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch):
         raw.lora_model_dir = str(adapter_dir)
     if raw.dpo_plugin and (raw.dpo_plugin.reference or {}).get("adapter_dir"):
         raw.dpo_plugin.reference.adapter_dir = str(adapter_dir)
+    for entry in raw.datasets:
+        if entry["path"].startswith("./outputs/"):  # which another command makes
+            entry["path"] = "./recipes/data/preferences.jsonl"
     PluginManager.get_instance().plugins.clear()
     prepare_plugins(raw)
     capabilities = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
