@@ -10,6 +10,7 @@ import yaml
 
 from dpo_plugin.__main__ import dpo
 from dpo_plugin.config import parse_config
+from dpo_plugin.host.yaml_keys import LINES_OF_OTHERS
 from tests import settings_page
 from tests.support.tiny import ROOT
 from tests.unit.test_project import targets
@@ -108,3 +109,9 @@ def test_the_pages_have_something_to_check():
     found = [line for page in PAGES for line in lines(page)]
     assert len(found) >= 40
     assert sum(len(blocks(page, "python")) for page in PAGES) >= 4
+
+
+def test_the_names_of_trl_are_those_that_are_refused_with_a_line():
+    rows = re.findall(r"^\| `(\w+)` \| `(.*)` \|$", (ROOT / "docs/from-trl.md").read_text(encoding="utf-8"), re.M)
+    refused = {name: line.format("…") for name, line in LINES_OF_OTHERS.items()}
+    assert {name: line for name, line in rows if name in refused} == refused
