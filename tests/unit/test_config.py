@@ -56,8 +56,8 @@ def test_a_documented_value_is_read(group, key, value):
         assert read == ("off" if (key, value) == ("action", False) else float(value) if value == "5e-1" else value)
 
 
-def test_the_readme_shows_every_section():
-    (section,) = [one for one in sections(ROOT / "README.md") if len(one) > 1]
+def test_the_page_of_settings_shows_every_section():
+    (section,) = [one for one in sections(ROOT / "docs/settings.md") if len(one) > 1]
     assert set(section) == set(type(parse_config(None)).model_fields)
 
 

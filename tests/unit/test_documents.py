@@ -115,3 +115,11 @@ def test_the_names_of_trl_are_those_that_are_refused_with_a_line():
     rows = re.findall(r"^\| `(\w+)` \| `(.*)` \|$", (ROOT / "docs/from-trl.md").read_text(encoding="utf-8"), re.M)
     refused = {name: line.format("…") for name, line in LINES_OF_OTHERS.items()}
     assert {name: line for name, line in rows if name in refused} == refused
+
+
+def test_every_message_under_troubleshooting_is_one_of_ours():
+    said = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.M)
+    code = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "src").rglob("*.py"))
+    joined = re.sub(r'["\']\s*\n\s*f?["\']', "", code)  # messages over several lines
+    assert len(said) >= 20
+    assert not [text for text in said for part in text.split("…") if part.strip() and part not in joined]

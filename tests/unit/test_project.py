@@ -51,9 +51,9 @@ def test_contributing_has_the_order_of_imports_that_is_held():
     assert order == FLOORS[:-1]
 
 
-def test_the_readme_names_every_room_and_no_file_that_is_not_there():
+def test_contributing_names_every_room_and_no_file_that_is_not_there():
     source = ROOT / "src/dpo_plugin"
-    ours = re.search(r"## What is where\n\n```\nsrc/dpo_plugin/(.*?)\nrecipes/", read("README.md"), re.S)[1]
+    ours = re.search(r"## What is where\n\n```\nsrc/dpo_plugin/(.*?)\nrecipes/", read("CONTRIBUTING.md"), re.S)[1]
     rooms = {path.name for path in source.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert set(re.findall(r"^  (\w+)/ ", ours, re.M)) == rooms
     for part in re.split(r"\n  (?=\w)", ours):
@@ -98,3 +98,7 @@ def test_the_version_has_one_source():
     assert f"## [{ours}]" in read("CHANGELOG.md")
     files = subprocess.run(["grep", "-rlF", f'"{ours}"', "src"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert files.stdout == ""
+
+
+def test_the_readme_is_a_start_and_no_reference():
+    assert len(read("README.md").splitlines()) <= 120
