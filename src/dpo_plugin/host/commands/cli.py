@@ -72,6 +72,17 @@ def plugins(as_json: bool) -> Any:
 
 
 @command
+@click.argument("name", required=False)
+@click.option("--copy", "folder", metavar="DIR", help="Write it there, with the files that it names.")
+def recipes(name: str | None, folder: str | None, as_json: bool) -> Any:
+    """List the recipes that come with the plugin; show the one called NAME, or copy it and the files that it names."""
+    from dpo_plugin.host.commands.recipes import recipes as run
+
+    found = run(name, folder)
+    return asdict(found) if as_json else found.parts()
+
+
+@command
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 @click.option("--rows", type=click.IntRange(min=0), default=3, show_default=True, help="How many pairs to show.")
 @click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)
