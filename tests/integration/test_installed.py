@@ -1,9 +1,16 @@
-"""axolotl 0.21 and newer register an installed plugin for every config: one that does not name ours is left alone."""
+"""The installed package: which configs axolotl 0.21 and newer apply the plugin to, and the recipes in the wheel."""
 
 import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import axolotl
 import pytest
+import yaml
 from axolotl.integrations import base as integrations
 from axolotl.integrations.base import PluginManager
 from packaging.version import Version
@@ -103,3 +110,46 @@ def test_a_plugin_that_cannot_be_imported_ends_the_runs_that_name_it_and_no_othe
     plugin.register({"rl": "dpo", "datasets": [{"path": "a", "type": "chat_template.default"}]})
     with pytest.raises(DPOPluginError, match=r"no_such_module.*Reinstall with: pip install"):
         plugin.register({"rl": "dpo", "dpo_plugin": {}})
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A folder with what a wheel installs; built from a copy of the tree, as a build leaves its own folders behind."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("src", "recipes", "deepspeed_configs", "fsdp_configs"):
+        ignore = shutil.ignore_patterns("*.egg-info", "__pycache__")
+        shutil.copytree(tiny.ROOT / name, folder / "tree" / name, symlinks=True, ignore=ignore)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(tiny.ROOT / name, folder / "tree")
+    offline = ["--no-deps", "--no-index", "--disable-pip-version-check", "--quiet"]
+    for words in (["wheel", "--no-build-isolation", "./tree", "-w", "dist"], ["install", "--target", "site"]):
+        made = [str(path) for path in folder.glob("dist/*.whl")]
+        subprocess.run([sys.executable, "-m", "pip", *words, *made, *offline], cwd=folder, check=True)
+    return folder / "site"
+
+
+def of_wheel(wheel, folder, *words):
+    """What `axolotl dpo recipes` prints where only the wheel is installed."""
+    line = [sys.executable, "-m", "dpo_plugin", "recipes", *words]
+    env = {**os.environ, "PYTHONPATH": str(wheel)}
+    done = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["tiny-dpo", "qwen72b-dpo"])
+def test_the_wheel_copies_a_recipe_that_the_host_takes(name, wheel, base_dir, tmp_path, monkeypatch):
+    listing = json.loads(of_wheel(wheel, tmp_path, "--json"))
+    assert {one["name"] for one in listing["recipes"]} == {file.stem for file in (tiny.ROOT / "recipes").glob("*.yaml")}
+    copied = json.loads(of_wheel(wheel, tmp_path, name, "--copy", ".", "--json"))
+    assert {*copied["written"]} == {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")}
+    raw = yaml.safe_load((tmp_path / f"{name}.yaml").read_text("utf-8"))
+    tiny.save_adapter(base_dir, tmp_path / raw["lora_model_dir"], r=raw["lora_r"], lora_alpha=raw["lora_alpha"])
+    on_this_machine = {"base_model": str(base_dir), "bf16": False, "tf32": False}
+    monkeypatch.chdir(tmp_path)
+    cfg = host.load_config({**raw, **on_this_machine}, tmp_path)
+    assert cfg.trainer_cls == "dpo_plugin.host.trainer.PreferenceTrainer"
+    if name == "tiny-dpo":
+        assert all(Path(part.path).is_file() for part in (*cfg.datasets, *cfg.test_datasets))
+    else:
+        assert json.loads(Path(cfg.deepspeed).read_text("utf-8"))["zero_optimization"]["stage"] == 3

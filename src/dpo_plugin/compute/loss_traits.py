@@ -58,7 +58,7 @@ def check_split(losses: Mapping[str, Loss]) -> None:
     coupled = [name for name, loss in losses.items() if traits_of(loss).couples_pairs]
     if not coupled:
         return
-    may = "does not declare that it sees each pair alone (@LossTraits(), docs/hooks.md)"
+    may = "does not declare that it sees each pair alone (@LossTraits() of dpo_plugin.compute.loss_traits)"
     says = "sees its pairs together" if hasattr(losses[coupled[0]], "traits") else may
     raise ConfigError(
         f"`dpo_plugin.compute.max_tokens` splits a micro-batch, but the loss {coupled[0]!r} {says}. "

@@ -19,6 +19,9 @@ from dpo_plugin.validation import AutoInteger, AutoReal, HostKeys, Integer, mess
 SHIPPED = "deepspeed_configs/zero3_bf16.json"
 """The ZeRO-3 settings that messages propose."""
 
+WRITE_SHIPPED = f"`axolotl dpo recipes {SHIPPED} --copy .` writes ours here. Write: deepspeed: {SHIPPED}"
+"""How they propose it: a checkout has the file, who installed the wheel has it after the command."""
+
 
 class ZeroOptimization(HostKeys):
     """``zero_optimization`` of a DeepSpeed config."""
@@ -83,7 +86,7 @@ class EngineSettings:
                 "`fsdp_config` without `fsdp_version: 2` is FSDP1, which flattens a layer into one tensor of one "
                 "dtype: the fp32 policy that the optimizer updates cannot share it with a bf16 or 4-bit base (torch: "
                 "`Must flatten tensors with uniform dtype`), and axolotl removed it in 0.20. "
-                "Write: fsdp_version: 2, and fsdp_config as in recipes/qwen72b-dpo-fsdp.yaml"
+                "Write: fsdp_version: 2, and fsdp_config as `axolotl dpo recipes qwen72b-dpo-fsdp` shows"
             )
         deepspeed = read_deepspeed(setting) if setting else {}
         stage = (deepspeed.get("zero_optimization") or {}).get("stage")
@@ -193,15 +196,13 @@ def read_deepspeed(setting: Any) -> Mapping[str, Any]:
         return setting
     file = Path(str(setting))
     if not file.is_file():
-        raise ConfigError(f"`deepspeed: {setting}` does not exist. Write: deepspeed: {SHIPPED}")
+        raise ConfigError(f"`deepspeed: {setting}` does not exist. {WRITE_SHIPPED}")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"`deepspeed: {setting}` is not valid JSON: {error}. Write: deepspeed: {SHIPPED}") from error
+        raise ConfigError(f"`deepspeed: {setting}` is not valid JSON: {error}. {WRITE_SHIPPED}") from error
     if not isinstance(found, Mapping):
-        raise ConfigError(
-            f"`deepspeed: {setting}` is a {type(found).__name__}, not a JSON object. Write: deepspeed: {SHIPPED}"
-        )
+        raise ConfigError(f"`deepspeed: {setting}` is a {type(found).__name__}, not a JSON object. {WRITE_SHIPPED}")
     try:
         return DeepSpeed.model_validate(found).model_dump(exclude_unset=True)
     except ValidationError as error:

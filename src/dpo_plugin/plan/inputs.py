@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from dpo_plugin.compute import attention
 from dpo_plugin.config import ComputeConfig, ReferenceConfig
-from dpo_plugin.engines.config import SHIPPED, EngineSettings, check_fsdp, fsdp_keys, offloads
+from dpo_plugin.engines.config import WRITE_SHIPPED, EngineSettings, check_fsdp, fsdp_keys, offloads
 from dpo_plugin.engines.loading import Loading
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.model.adapters import POLICY, REFERENCE
@@ -59,9 +59,7 @@ def planned_engine(cfg: Mapping[str, Any], engine: EngineSettings) -> str:
         return "zero3_offload" if engine.offloads else "zero3"
     if engine.name.startswith("zero"):
         stage = engine.zero.get("stage")
-        raise ConfigError(
-            f"`deepspeed: {engine.source}` is of stage {stage}; 3 is planned. Write: deepspeed: {SHIPPED}"
-        )
+        raise ConfigError(f"`deepspeed: {engine.source}` is of stage {stage}; 3 is planned. {WRITE_SHIPPED}")
     return engine.name
 
 

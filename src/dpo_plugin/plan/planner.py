@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from dpo_plugin.config import DPOPluginConfig, parse_config
-from dpo_plugin.engines.config import SHIPPED, EngineSettings, fsdp_keys, may_load_once
+from dpo_plugin.engines.config import WRITE_SHIPPED, EngineSettings, fsdp_keys, may_load_once
 from dpo_plugin.engines.loading import Loading
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.plan import engines, inputs
@@ -253,7 +253,7 @@ class Planner:
         return (
             f"`{key}` moves what it can to the host, which takes {gib(need)} GiB for all ranks and has {gib(has)}. "
             f"Take a node of {math.ceil(need / GIB)} GiB (plan takes --host-memory {math.ceil(need / GIB)}). "
-            f"Write: deepspeed: {SHIPPED}"
+            + WRITE_SHIPPED
         )
 
     def copy_bytes(self) -> int | None:

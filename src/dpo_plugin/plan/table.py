@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -58,11 +59,18 @@ def plan_report(plan: Mapping[str, Any]) -> list[Any]:
     return [
         table,
         *(line for engine in COLUMNS for line in _to_write(plan, engine)),
+        *(f"axolotl dpo recipes {file} --copy . writes {file}, which is not here." for file in _not_here(known)),
         f"{plan['parameters']:,} parameters, {plan['trained_parameters']:,} trained; a forward of at most "
         f"{plan['tokens_per_forward']:,} tokens; scoring takes "
         f"{plan['engines'][plan['engine']]['loss_stage_gib']:.2f} GiB of activations and working set.",
         *(f"Note: {note}." for note in plan["notes"]),
     ]
+
+
+def _not_here(engines: Mapping[str, Any]) -> list[str]:
+    """The DeepSpeed JSONs that the lines to write name and that are not in this folder, as for who has no checkout."""
+    lines = {line for found in engines.values() for line in found["recipe"]}
+    return [file for file in (SHIPPED, OFFLOADED) if f"deepspeed: {file}" in lines and not Path(file).is_file()]
 
 
 def _to_write(plan: Mapping[str, Any], engine: str) -> list[str]:

@@ -29,7 +29,7 @@ from dpo_plugin.plan.engines import PlanInput, Zero3
 from dpo_plugin.plan.inputs import SHIPPED_ZERO3, adapter_configs, zero3_settings
 from dpo_plugin.plan.planner import CONTEXT, GIB, Machine, Planner, make_plan
 from dpo_plugin.plan.sizes import Sizes
-from dpo_plugin.plan.table import plan_report
+from dpo_plugin.plan.table import OFFLOADED, plan_report
 from tests.support.tiny import EXPERTS, PROJECTIONS, ROOT, moe_config
 
 SMALL = {
@@ -460,6 +460,19 @@ def test_the_report_marks_the_engine_and_names_every_other(tmp_path):
     assert done.exit_code == 0, done.output
     assert "DDP (this config) fits" in done.output
     assert all(name in done.output for name in ("ZeRO-3 ", "ZeRO-3 + CPU", "FSDP2", "sft` is not here"))
+
+
+def test_the_report_says_how_to_get_a_deepspeed_json_that_is_not_here(tmp_path, monkeypatch):
+    arguments = ["plan", config_file(tmp_path), "--gpus", "2", "--gpu-memory", "80"]
+    monkeypatch.chdir(ROOT)
+    assert "which is not here." not in CliRunner().invoke(dpo, arguments).output
+    monkeypatch.chdir(tmp_path)
+    for file in (SHIPPED, OFFLOADED):
+        said = CliRunner().invoke(dpo, arguments).output
+        line = f"axolotl dpo recipes {file} --copy . writes {file}, which is not here."
+        assert line in said
+        assert CliRunner().invoke(dpo, line.partition("axolotl dpo ")[2].partition(" writes")[0].split()).exit_code == 0
+    assert "which is not here." not in CliRunner().invoke(dpo, arguments).output
 
 
 def test_the_report_says_of_what_there_is_too_little(tmp_path):

@@ -18,7 +18,7 @@ SHIPPED = Path(__file__).parents[2] / "shipped"
 """The folders of a checkout's top: links to them in a checkout, the files themselves in a wheel."""
 
 ENGINES, DATA = ("deepspeed_configs/*.json", "fsdp_configs/*.yaml"), ("recipes/data/*.jsonl",)
-"""Files that recipes name, by paths relative to the folder in which axolotl runs; those of engines are copied alone, too."""
+"""Files that recipes name, by paths relative to the folder in which axolotl runs."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _first_sentence(text: str) -> str:
 
 
 def _contents(name: str) -> dict[str, bytes]:
-    """Path in the copy → bytes, of a recipe and what it names, or of an engine's config; what was asked for comes first."""
+    """Path in the copy → bytes: first what was asked for, then what it names."""
     if name not in _names():
         return {name: (SHIPPED / name).read_bytes()}
     named = {path: (SHIPPED / path).read_bytes() for path in _read(name).files}
@@ -203,9 +203,9 @@ def _copy(name: str, folder: Path) -> Copied:
             f"{error.filename} cannot be written: {error.strerror}. "
             f"Write: axolotl dpo recipes {name} --copy <a folder that you may write to>"
         ) from error
-    there = [[str(folder / path) for path in paths] for paths in (written, unchanged)]
+    new, old = ([str(folder / path) for path in paths] for paths in (written, unchanged))
     if name not in _names():
-        return Copied(*there, needs={}, command=None)
+        return Copied(new, old, needs={}, command=None)
     needs = {key: path for key, path in _read(name).needs.items() if not (folder / path).exists()}
     change = "" if folder == Path() else f"cd {shlex.quote(str(folder))} && "
-    return Copied(*there, needs, f"{change}axolotl train {name}.yaml")
+    return Copied(new, old, needs, f"{change}axolotl train {name}.yaml")
