@@ -145,9 +145,8 @@ def test_the_wheel_copies_a_recipe_that_the_host_takes(name, wheel, base_dir, tm
     assert {*copied["written"]} == {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")}
     raw = yaml.safe_load((tmp_path / f"{name}.yaml").read_text("utf-8"))
     tiny.save_adapter(base_dir, tmp_path / raw["lora_model_dir"], r=raw["lora_r"], lora_alpha=raw["lora_alpha"])
-    on_this_machine = {"base_model": str(base_dir), "bf16": False, "tf32": False}
     monkeypatch.chdir(tmp_path)
-    cfg = host.load_config({**raw, **on_this_machine}, tmp_path)
+    cfg = host.validated(raw)
     assert cfg.trainer_cls == "dpo_plugin.host.trainer.PreferenceTrainer"
     if name == "tiny-dpo":
         assert all(Path(part.path).is_file() for part in (*cfg.datasets, *cfg.test_datasets))

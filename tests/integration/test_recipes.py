@@ -19,24 +19,16 @@ EXAMPLES = [ROOT / "examples/real/sft.yaml", ROOT / "examples/real/dpo.yaml"]
 
 
 def validated(recipe: Path, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch):
-    from axolotl.cli.config import prepare_plugins
-    from axolotl.integrations.base import PluginManager
-    from axolotl.utils.config import validate_config
-    from axolotl.utils.dict import DictDefault
-
     monkeypatch.chdir(ROOT)
-    raw = DictDefault(yaml.safe_load(recipe.read_text(encoding="utf-8")))
-    if raw.lora_model_dir:
-        raw.lora_model_dir = str(adapter_dir)
-    if raw.dpo_plugin and (raw.dpo_plugin.reference or {}).get("adapter_dir"):
-        raw.dpo_plugin.reference.adapter_dir = str(adapter_dir)
-    for entry in raw.datasets:
+    raw = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    if raw.get("lora_model_dir"):
+        raw["lora_model_dir"] = str(adapter_dir)
+    if "adapter_dir" in raw.get("dpo_plugin", {}).get("reference", {}):
+        raw["dpo_plugin"]["reference"]["adapter_dir"] = str(adapter_dir)
+    for entry in raw["datasets"]:
         if entry["path"].startswith("./outputs/"):  # which another command makes
             entry["path"] = "./recipes/data/preferences.jsonl"
-    PluginManager.get_instance().plugins.clear()
-    prepare_plugins(raw)
-    capabilities = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
-    return validate_config(raw, capabilities=capabilities, env_capabilities={"torch_version": "2.13.0"})
+    return host.validated(raw)
 
 
 def adapter_for(recipe: Path, base_dir: Path, folder: Path) -> Path:

@@ -31,6 +31,20 @@ def load_config(config: dict[str, Any], folder: Path) -> Any:
     return load_cfg(str(file))
 
 
+def validated(config: dict[str, Any]) -> Any:
+    """A config after the host's validator, as on a node with 8 GPUs; its paths are relative to the current folder."""
+    from axolotl.cli.config import prepare_plugins
+    from axolotl.integrations.base import PluginManager
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.dict import DictDefault
+
+    raw = DictDefault(config)
+    PluginManager.get_instance().plugins.clear()
+    prepare_plugins(raw)
+    capabilities = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
+    return validate_config(raw, capabilities=capabilities, env_capabilities={"torch_version": "2.13.0"})
+
+
 def train(config: dict[str, Any], folder: Path) -> Run:
     from axolotl.common.datasets import load_datasets, load_preference_datasets
     from axolotl.integrations.base import PluginManager
