@@ -16,7 +16,7 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: help install demo demo-real test test-ranks test-core test-newest models unit lint types fix bench clean
+.PHONY: help install demo demo-real test test-ranks test-core test-newest models unit lint types fix bench dist clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -91,5 +91,13 @@ bench: install  ## speed and memory against stock (about 30 minutes; an idle mac
 	python benchmarks/step.py --json benchmarks/step.json
 	python benchmarks/data_prep.py --json benchmarks/data_prep.json
 
+# In an environment of its own: twine asks for a newer packaging than axolotl pins.
+dist:  ## build wheel and sdist into dist/, and check them
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/pip install --quiet build twine
+	rm -rf build dist
+	.venv-dist/bin/python -m build
+	.venv-dist/bin/twine check --strict dist/*
+
 clean:  ## remove .venv and outputs
-	rm -rf .venv .venv-* outputs
+	rm -rf .venv .venv-* outputs build dist
