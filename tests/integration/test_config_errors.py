@@ -137,7 +137,7 @@ def prepare(config, folder):
             ConfigError,
             "`dpo_plugin.compute.master_weights: false` cannot be had under ZeRO-3.*Write: master_weights: true",
         ),
-        ({"deepspeed": "zero9.json"}, ConfigError, "`deepspeed: zero9.json` does not exist. Write: deepspeed:"),
+        ({"deepspeed": "zero9.json"}, ConfigError, "`deepspeed: zero9.json` does not exist. `axolotl dpo recipes"),
         ({"deepspeed": "pyproject.toml"}, ConfigError, "`deepspeed: pyproject.toml` is not valid JSON"),
         (
             {"deepspeed": "deepspeed_configs/zero3_bf16.json", "load_in_8bit": True},
