@@ -1,6 +1,7 @@
 """The end of ``make demo-real``: how often each adapter follows the instructions of the held-out prompts.
 
-Answers are greedy, by plain transformers and PEFT, and judged by IFEval's checkers (the scorer ``rule``).
+Four answers to each are drawn as those of the pairs were (temperature 0.6, at most 64 tokens), by plain transformers
+and PEFT, and judged by IFEval's checkers (the scorer ``rule``).
 
     python examples/real/measure.py outputs/real dpo [other adapters of that folder]
 """
@@ -28,26 +29,33 @@ from dpo_plugin.samples.scorers import rule
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from demo import history
 
-REFERENCE = "sft"
+REFERENCE, DRAWN = "sft", 4
 
 
-def answers(base: Path, adapter: Path, questions: list[str], at_once: int = 32) -> list[str]:
-    """Greedy answers of base + adapter, of at most 96 tokens."""
+def answers(base: Path, adapter: Path, questions: list[str], at_once: int = 64) -> list[list[str]]:
+    """`DRAWN` answers of base + adapter to each question, drawn as those of the pairs."""
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)).eval()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    model = model.merge_and_unload().eval()
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    asked = [[{"role": "user", "content": question}] for question in questions for _ in range(DRAWN)]
     found: list[str] = []
-    for start in range(0, len(questions), at_once):
-        chats = [[{"role": "user", "content": question}] for question in questions[start : start + at_once]]
+    torch.manual_seed(0)
+    for start in range(0, len(asked), at_once):
         batch = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+            asked[start : start + at_once],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+            padding=True,
         )
         with torch.no_grad():
             ids = model.generate(
-                **batch, do_sample=False, max_new_tokens=96, eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
+                **batch, do_sample=True, temperature=0.6, top_k=0, top_p=1.0, max_new_tokens=64, **ends
+            )
         found += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [answer.strip() for answer in found]
+    texts = [answer.strip() for answer in found]
+    return [texts[start : start + DRAWN] for start in range(0, len(texts), DRAWN)]
 
 
 def share(values: list[float]) -> tuple[float, float]:
@@ -68,14 +76,14 @@ def followed_table(rows: list[dict[str, Any]], scores: Mapping[str, list[float]]
     return table
 
 
-def answers_table(rows: list[dict[str, Any]], found: Mapping[str, list[str]]) -> Table:
-    """One prompt of each instruction with everyone's answer."""
-    table = Table("prompt", *found, title="Greedy answers", show_lines=True)
+def answers_table(rows: list[dict[str, Any]], found: Mapping[str, list[list[str]]]) -> Table:
+    """One prompt of each instruction with everyone's first answer."""
+    table = Table("prompt", *found, title="The first answer that was drawn", show_lines=True)
     sources = [row["source"] for row in rows]
     for turn, source in enumerate(dict.fromkeys(sources)):
         own = [number for number, other in enumerate(sources) if other == source]
         number = own[turn % len(own)]
-        table.add_row(rows[number]["prompt"], *(of[number] for of in found.values()))
+        table.add_row(rows[number]["prompt"], *(of[number][0] for of in found.values()))
     return table
 
 

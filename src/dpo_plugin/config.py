@@ -228,8 +228,10 @@ class PairsConfig(_Section):
     )
     timeout: Number = Field(default=600.0, gt=0, description="Seconds that the command may take for a batch.")
     gap: Number = Field(default=0.0, ge=0, description="Chosen's score is more than this above rejected's.")
-    pair: Literal["best_worst", "best_random"] = Field(
-        default="best_worst", description="What the best answer is paired with: the worst, or one drawn of the others."
+    pair: Literal["best_worst", "best_random", "each"] = Field(
+        default="best_worst",
+        description="The best answer with the worst, or with one drawn of the others; each: the best with the worst, "
+        "the next best with the next worst, and so on.",
     )
 
 

@@ -53,8 +53,10 @@ def make_pairs(
     provenance: Mapping[str, Mapping[str, Any]],
     plain: bool = False,
 ) -> Paired:
-    """Make at most one pair per prompt: the best answer, and the worst or one drawn of the others below the gap.
+    """Make pairs of the answers to each prompt, whose scores are further apart than the gap.
 
+    ``pair: best_worst`` makes one of the best and the worst answer, ``best_random`` one of the best and one drawn of
+    the others, ``each`` puts every answer into one at most: the best with the worst, the next best with the next worst.
     Empty answers, those that were cut, and repeated ones are left out. Of equal scores the first answer counts.
 
     Args:
@@ -68,12 +70,13 @@ def make_pairs(
     made = Paired([])
     for number, (prompt, given) in enumerate(zip(prompts, answers, strict=True)):
         usable = _usable(given, made.counts)
-        pair = _pair(usable, options, random.Random(f"{seed} {number}"))
-        if pair is None:
+        pairs = _pairs(usable, options, random.Random(f"{seed} {number}"))
+        if not pairs:
             made.counts["too few answers" if len(usable) < 2 else "scores too close"] += 1
             continue
-        made.counts["pairs"] += 1
-        made.rows.append(_row(prompt, *pair, {"scorer": options.scorer, "seed": seed}, provenance, plain))
+        made.counts["pairs"] += len(pairs)
+        made_with = {"scorer": options.scorer, "seed": seed}
+        made.rows.extend(_row(prompt, *pair, made_with, provenance, plain) for pair in pairs)
     return made
 
 
@@ -88,17 +91,19 @@ def _usable(answers: Sequence[ScoredAnswer], counts: Counter[str]) -> list[Score
     return list(found.values())
 
 
-def _pair(
+def _pairs(
     answers: Sequence[ScoredAnswer], options: PairsConfig, draw: random.Random
-) -> tuple[ScoredAnswer, ScoredAnswer] | None:
-    if not answers:
-        return None
-    best = max(answers, key=lambda answer: answer.score)
-    below = [answer for answer in answers if best.score - answer.score > options.gap]
+) -> list[tuple[ScoredAnswer, ScoredAnswer]]:
+    best_first = sorted(answers, key=lambda answer: -answer.score)  # of equal scores the first answer comes first
+    below = [answer for answer in answers if best_first[0].score - answer.score > options.gap]
     if not below:
-        return None
-    other = min(below, key=lambda answer: answer.score) if options.pair == "best_worst" else draw.choice(below)
-    return best, other
+        return []
+    if options.pair == "best_random":
+        return [(best_first[0], draw.choice(below))]
+    worst_first = sorted(answers, key=lambda answer: answer.score)
+    count = len(answers) // 2 if options.pair == "each" else 1
+    ends = zip(best_first[:count], worst_first[:count], strict=True)
+    return [(one, other) for one, other in ends if one.score - other.score > options.gap]
 
 
 def _row(

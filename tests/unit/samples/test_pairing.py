@@ -50,6 +50,22 @@ class TestPairs:
         assert 10 < sum(row["rejected_score"] == 3 for row in rows) < 50
 
     @pytest.mark.parametrize(
+        ("scores", "gap", "pairs"),
+        [
+            ((1, 0, 1, 0, 0), 0, [("answer 0", "answer 1"), ("answer 2", "answer 3")]),
+            ((3, 9, 5, 1), 0, [("answer 1", "answer 3"), ("answer 2", "answer 0")]),
+            ((3, 9, 5, 1), 2, [("answer 1", "answer 3")]),
+            ((2, 7), 0, [("answer 1", "answer 0")]),
+            ((2, 7, 5), 0, [("answer 1", "answer 0")]),
+            ((1, 1, 1, 0), 0, [("answer 0", "answer 3")]),
+        ],
+    )
+    def test_each_answer_may_be_in_one_pair(self, scores, gap, pairs):
+        found = made(answers(*scores), pair="each", gap=gap)
+        assert [(row["chosen"][-1]["content"], row["rejected"][-1]["content"]) for row in found.rows] == pairs
+        assert found.counts == {"pairs": len(pairs)}
+
+    @pytest.mark.parametrize(
         ("given", "options", "counts"),
         [
             (answers(1, 1, 1), {}, {"scores too close": 1}),
