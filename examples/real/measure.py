@@ -58,6 +58,11 @@ def answers(base: Path, adapter: Path, questions: list[str], at_once: int = 64) 
     return [texts[start : start + DRAWN] for start in range(0, len(texts), DRAWN)]
 
 
+def followed(rows: list[dict[str, Any]], found: list[list[str]]) -> list[float]:
+    """Share of each prompt's answers that follow its instruction."""
+    return [mean(rule(row["prompt"], one, row) for one in some) for row, some in zip(rows, found, strict=True)]
+
+
 def share(values: list[float]) -> tuple[float, float]:
     """Mean, and half of its 95 % interval (normal approximation, of the prompts)."""
     return mean(values), 1.96 * stdev(values) / sqrt(len(values))
@@ -98,9 +103,7 @@ def main() -> int:
     rows = [json.loads(line) for line in (folder / "prompts_heldout.jsonl").read_text(encoding="utf-8").splitlines()]
     asked = [row["prompt"] for row in rows]
     found = {name: answers(folder / "smollm2", folder / name, asked) for name in (REFERENCE, *arguments.adapters)}
-    scores = {
-        name: [rule(row["prompt"], a, row) for row, a in zip(rows, of, strict=True)] for name, of in found.items()
-    }
+    scores = {name: followed(rows, of) for name, of in found.items()}
     console = Console(soft_wrap=True)
     console.print(followed_table(rows, scores))
     console.print(answers_table(rows, found))

@@ -68,7 +68,7 @@ def host_commands() -> dict[str, click.Command]:
 @pages
 def test_every_console_line_names_commands_and_options_that_there_are(page):
     for line in lines(page):
-        words = shlex.split(line.replace("…", "…"), comments=True)
+        words = shlex.split(line, comments=True)
         words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word)]  # of the environment
         if words[:2] == ["axolotl", "dpo"] or words[:3] == ["python", "-m", "dpo_plugin"]:
             rest = words[2:] if words[0] == "axolotl" else words[3:]

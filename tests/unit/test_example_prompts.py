@@ -79,3 +79,29 @@ def test_the_sft_answers_follow_the_instructions_of_their_questions(sft):
     for asked, answer, one in found:
         row = {"instruction_id_list": [one["id"]], "kwargs": [one.get("arguments", {})]}
         assert rule(asked, answer, row) == 1, (asked, answer)
+
+
+def test_the_end_counts_what_each_adapter_follows_and_says_which_promises_are_kept(
+    prompts, tmp_path, monkeypatch, capsys
+):
+    sys.path.insert(0, str(REAL))
+    import measure
+
+    rows = prompts["held_out"]
+    (tmp_path / "prompts_heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    log = {"loss": 2.0, "rewards/margins": 0.0, "logps/chosen_displacement": -0.1}
+    (tmp_path / "dpo/checkpoint-1").mkdir(parents=True)
+    (tmp_path / "dpo/checkpoint-1/trainer_state.json").write_text(json.dumps({"log_history": [log]}), encoding="utf-8")
+
+    monkeypatch.setattr(sys, "argv", ["measure.py", str(tmp_path), "dpo"])
+    for kept, code, gain in ((3, 0, "+0.500"), (1, 1, "+0.000")):
+        good = {"sft": 1, "dpo": kept}
+        by_name = {
+            name: [[FOLLOWED[row["source"]]] * count + [PLAIN] * (4 - count) for row in rows]
+            for name, count in good.items()
+        }
+        monkeypatch.setattr(measure, "answers", lambda base, adapter, asked, of=by_name: of[adapter.name])
+        assert measure.main() == code
+        said = capsys.readouterr().out
+        assert f"dpo: {gain} ± 0.000 above the SFT adapter; chosen moved by -0.100" in said
+        assert ("NO " in said) == bool(code)
