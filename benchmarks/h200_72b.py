@@ -54,7 +54,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dpo_plugin.compute import attention
 from dpo_plugin.compute.batching import PairCollator, to_pair_batch
-from dpo_plugin.compute.logps import pair_logps, run_model, total_loss
+from dpo_plugin.compute.logps import pair_logps, run_model
 from dpo_plugin.compute.losses import LossOptions, sigmoid
 from dpo_plugin.model.adapter_config import AdapterFolder
 from dpo_plugin.model.adapters import PolicyReferenceModel, attach
@@ -266,7 +266,7 @@ class Bench:
 
     def _loss(self, policy: CompletionLogps, kept: Tensor) -> tuple[Tensor, Tensor]:
         logps = pair_logps(policy, kept, BETA)
-        loss = total_loss(logps, {"sigmoid": (sigmoid, 1.0)}, LossOptions(beta=BETA)).mean()
+        loss = sigmoid(logps, LossOptions(beta=BETA)).mean()
         return loss, torch.cat([policy.sums, kept[0]])
 
     def stock(self, mark: Mark) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
-from math import sqrt
+from math import log, sqrt
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -117,7 +117,7 @@ def main() -> int:
         f"{name}: {gain:+.3f} ± {half:.3f} above the SFT adapter; chosen moved by {displaced:+.3f} nats/token"
     )
     promised = {
-        "first margin is 0, so that DPO's own loss is ln 2": abs(lines[0]["rewards/margins"]) <= 1e-4,
+        "DPO's own loss is ln 2 at step 1": abs(lines[0]["loss/sigmoid"] - log(2)) <= 1e-4,
         "0.1 or more above the SFT adapter, and above chance": gain >= 0.1 and gain > half,
         "chosen log-probs have not fallen by 0.2 nats per token": displaced >= -0.2,
     }

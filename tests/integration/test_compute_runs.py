@@ -1,6 +1,7 @@
 """Layouts, token budget, checkpointed layers and bad numbers in whole runs."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -87,6 +88,26 @@ def test_packs_are_one_step_with_gradient_accumulation_and_a_kept_reference(base
     for run in (first, second):
         assert run.trainer.state.global_step == flat.trainer.state.global_step
         torch.testing.assert_close(curve(run), curve(flat), atol=2e-4, rtol=1e-4)
+
+
+def test_what_a_loss_of_several_is_made_of_is_logged(base_dir, sft_dir, tmp_path):
+    """DPO's own starts at ln 2, whatever is added to it; the sum is the loss, in training and evaluation."""
+    data = config(base_dir, sft_dir, tmp_path, dpo_loss_type=["sigmoid", "sft"], dpo_loss_weights=[1.0, 0.5])
+    data |= {
+        "test_datasets": [{**data["datasets"][0], "split": "train"}],
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    }
+    history = host.train(data, tmp_path).trainer.state.log_history
+    for prefix in ("", "eval_"):
+        lines = [line for line in history if f"{prefix}loss" in line]
+        parts = [(line[f"{prefix}loss/sigmoid"], line[f"{prefix}loss/sft"]) for line in lines]
+        assert len(lines) > 1
+        assert [line[f"{prefix}loss"] for line in lines] == pytest.approx([a + b / 2 for a, b in parts], abs=2e-4)
+        nats = [-line[f"{prefix}logps/chosen"] / line[f"{prefix}lengths/chosen"] for line in lines]
+        assert [b for _, b in parts] == pytest.approx(nats, rel=0.1)
+        if not prefix:
+            assert parts[0][0] == pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_evaluation_in_packs(base_dir, sft_dir, tmp_path):

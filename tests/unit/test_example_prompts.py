@@ -89,7 +89,7 @@ def test_the_end_counts_what_each_adapter_follows_and_says_which_promises_are_ke
 
     rows = prompts["held_out"]
     (tmp_path / "prompts_heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    log = {"loss": 2.0, "rewards/margins": 0.0, "logps/chosen_displacement": -0.1}
+    log = {"loss": 2.0, "loss/sigmoid": 0.69315, "logps/chosen_displacement": -0.1}
     (tmp_path / "dpo/checkpoint-1").mkdir(parents=True)
     (tmp_path / "dpo/checkpoint-1/trainer_state.json").write_text(json.dumps({"log_history": [log]}), encoding="utf-8")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,10 @@ from dpo_plugin.compute.lm_head import (
     token_scores,
 )
 from dpo_plugin.compute.losses import LossOptions, PreferenceLoss
+from dpo_plugin.errors import RegistrationError
 from dpo_plugin.types import CompletionLogps, PairBatch, PairLogps
+
+_WITHOUT = "Update or uninstall its package, or leave it out."
 
 
 def run_model(model: Callable[..., Any], batch: PairBatch, options: ForwardOptions | None = None) -> CompletionLogps:
@@ -165,16 +169,60 @@ def pair_logps(policy: CompletionLogps, ref_logps: Tensor, beta: float, sources:
     )
 
 
-def total_loss(
+def single_losses(
     logps: PairLogps,
-    losses: Mapping[str, tuple[PreferenceLoss, float]],
+    losses: Mapping[str, PreferenceLoss],
     options: LossOptions,
-    wpo_weights: Tensor | None = None,
-) -> Tensor:
-    """Add up losses times their weights, (pairs,), each scaled by the product of its pair's two ``wpo_weights``."""
-    total = torch.zeros_like(logps.policy_chosen_logps)
-    for loss, weight in losses.values():
-        total = total + weight * loss(logps, options)
+    owner: Callable[[str], str] = lambda _: "dpo_plugin",
+) -> dict[str, Tensor]:
+    """Compute each loss by itself, before its weight, (pairs,).
+
+    Raises:
+        RegistrationError: If a loss raises, or gives something else than one value per pair; names its ``owner``.
+    """
+    values = {}
+    for name, loss in losses.items():
+        what = f"loss {name!r} of {owner(name)}"
+        value = call_registered(what, partial(loss, logps, options), "dpo_loss_type: [sigmoid]")
+        values[name] = one_per_pair(what, value, logps, "dpo_loss_type: [sigmoid]")
+    return values
+
+
+def call_registered(what: str, function: Callable[[], Any], line: str) -> Any:
+    """Call what a package registered.
+
+    Args:
+        what: Kind, name and owner, for messages.
+        function: What to call.
+        line: The line to write in order to do without.
+
+    Raises:
+        RegistrationError: If it raises.
+    """
+    try:
+        return function()
+    except Exception as error:
+        raise RegistrationError(f"{what} raised {type(error).__name__}: {error}. {_WITHOUT} Write: {line}") from error
+
+
+def one_per_pair(what: str, value: Any, logps: PairLogps, line: str) -> Tensor:
+    """Check that what a package's loss or metric gave is one value per pair, (pairs,); arguments as above.
+
+    Raises:
+        RegistrationError: If it is anything else.
+    """
+    shape = logps.policy_chosen_logps.shape
+    if isinstance(value, Tensor) and value.shape == shape:
+        return value
+    found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise RegistrationError(
+        f"{what} returned {found} for {shape[0]} pairs, not a Tensor of shape ({shape[0]},). {_WITHOUT} Write: {line}"
+    )
+
+
+def total_loss(values: Mapping[str, Tensor], weights: Mapping[str, float], wpo_weights: Tensor | None = None) -> Tensor:
+    """Add up losses, (pairs,), times their weights, each scaled by the product of its pair's two ``wpo_weights``."""
+    total = torch.stack([weights[name] * value for name, value in values.items()]).sum(dim=0)
     if wpo_weights is not None:
         chosen, rejected = wpo_weights.chunk(2)
         total = total * chosen * rejected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dpo_plugin.compute.gradient_checkpointing import without_checkpointing
 from dpo_plugin.compute.lm_head import ForwardOptions
-from dpo_plugin.compute.logps import pair_logps, run_model, total_loss
+from dpo_plugin.compute.logps import pair_logps, run_model, single_losses, total_loss
 from dpo_plugin.compute.losses import LossOptions, PreferenceLoss
 from dpo_plugin.compute.step_zero import check_policy_is_reference
 from dpo_plugin.errors import NotFiniteError
@@ -47,10 +47,13 @@ class StepResult:
     Attributes:
         loss: Mean loss over the pairs that count, and the routers' where it is asked for, scalar, with gradient.
         logps: The pairs that count, for metrics; None if none do.
+        losses: What `loss` is made of where it is not one loss alone: each by itself, before its weight and WPO's, of
+            the pairs that count, (pairs,), without gradient; the routers' as ``router_aux``.
     """
 
     loss: Tensor
     logps: PairLogps | None
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -59,21 +62,25 @@ class PreferenceStep:
 
     Attributes:
         reference: The reference behind its cache.
-        losses: Name → loss and its weight.
+        losses: Name → loss.
+        weights: Name → the loss's weight.
         loss_options: Settings that losses share.
         forward_options: How the policy's completions are scored.
         layers: The model's `GradientCheckpointingLayer`s; a forward without gradients checkpoints none.
         locate: Takes a batch and the index of a pair; says where the pair comes from and what to write, for errors.
+        owner: Name of a loss → who registered it, for errors.
         step_zero_dtype: The coarsest dtype that the run computes in, if policy and reference must be equal on the next
             training batch; None once that is checked, or if they start from different weights.
     """
 
     reference: CachedReference
-    losses: Mapping[str, tuple[PreferenceLoss, float]]
+    losses: Mapping[str, PreferenceLoss]
+    weights: Mapping[str, float]
     loss_options: LossOptions
     forward_options: ForwardOptions
     layers: Sequence[nn.Module]
     locate: Callable[[PairBatch, int], str]
+    owner: Callable[[str], str]
     step_zero_dtype: torch.dtype | None = None
 
     def __call__(self, model: Any, batch: PairBatch, counted: Sequence[int], training: bool) -> StepResult:
@@ -90,11 +97,17 @@ class PreferenceStep:
         if dtype is not None:
             self.step_zero_dtype = None
             check_policy_is_reference(logps, dtype)
-        losses = total_loss(logps, self.losses, self.loss_options, policy.wpo_weights)
+        values = single_losses(logps, self.losses, self.loss_options, self.owner)
+        losses = total_loss(values, self.weights, policy.wpo_weights)
         loss = losses[counted].mean() if 0 < len(counted) < batch.num_pairs else losses.mean()
         if policy.router_aux is not None and (weight := self.loss_options.router_aux_loss_coef):
             loss = loss + weight * policy.router_aux
-        return StepResult(loss, logps.only(counted) if counted else None)
+            values["router_aux"] = policy.router_aux.expand(batch.num_pairs)
+        if not counted:
+            return StepResult(loss, None)
+        if len(values) == 1 and [*self.weights.values()] == [1.0] and policy.wpo_weights is None:
+            values = {}
+        return StepResult(loss, logps.only(counted), {name: value.detach()[counted] for name, value in values.items()})
 
     def reference_logps(self, model: Any, batch: PairBatch, anew: bool = False) -> Tensor:
         """Get the reference's log-probs, (pairs, 2) fp32 nats: chosen, rejected; from the cache if all are there.

@@ -181,7 +181,8 @@ def make_step(trainer: Any) -> PreferenceStep:
         )
     return PreferenceStep(
         reference=trainer.reference,
-        losses={name: (losses.find(name, "dpo_loss_type"), w) for name, w in zip(names, weights, strict=True)},
+        losses={name: losses.find(name, "dpo_loss_type") for name in names},
+        weights=dict(zip(names, weights, strict=True)),
         loss_options=LossOptions(beta=args.beta, label_smoothing=args.label_smoothing or 0.0, **dict(config.loss)),
         forward_options=ForwardOptions(
             wpo=bool(args.use_weighting),
@@ -192,6 +193,7 @@ def make_step(trainer: Any) -> PreferenceStep:
         ),
         layers=checkpointed_layers(trainer.model),
         locate=partial(_locate_pair, trainer),
+        owner=losses.owner,
         step_zero_dtype=trainer.settings.engine.dtype if checked else None,
     )
 

@@ -189,7 +189,7 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
         batch, training = to_pair_batch(pack), self.model.training
         result = self.preference_step(model, batch, pack["counted"], training)
         if result.logps is not None:
-            self.recorder.add(result.logps, batch, self.reference.fresh, training)
+            self.recorder.add(result.logps, batch, self.reference.fresh, training, result.losses)
         weight: float = pack["weight"]
         return result.loss * weight
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_plugin.errors import DPOPluginError
+from dpo_plugin.compute.logps import call_registered, one_per_pair
 from dpo_plugin.metrics.pair import PreferenceMetric, margin
 from dpo_plugin.types import PairLogps
 
@@ -133,13 +134,14 @@ class MetricMeans:
         self._sources: list[str | None] = []
 
     @torch.no_grad()
-    def update(self, logps: PairLogps) -> None:
-        """Add a batch.
+    def update(self, logps: PairLogps, losses: Mapping[str, Tensor] | None = None) -> None:
+        """Add a batch, and the values of single ``losses``, (pairs,), whose means are logged as ``loss/<name>``.
 
         Raises:
-            DPOPluginError: If a metric raises, or returns something else than one value per pair; names its owner.
+            RegistrationError: If a metric raises, or gives something else than one value per pair; names its owner.
         """
-        values = {name: self._value(name, logps) for name in self.metrics}
+        single = {f"loss/{name}": value for name, value in (losses or {}).items()}
+        values = {name: self._value(name, logps) for name in self.metrics} | single
         columns = {name: value for name, value in values.items() if value is not None} | pair_columns(logps)
         self._tables.append((tuple(columns), torch.stack([column.detach().float() for column in columns.values()])))
         pairs = len(logps.policy_chosen_logps)
@@ -154,24 +156,10 @@ class MetricMeans:
         return {name: torch.cat(some) for name, some in parts.items()}
 
     def _value(self, name: str, logps: PairLogps) -> Tensor | None:
-        pairs = logps.policy_chosen_logps.shape
-        others = ", ".join(other for other in self.metrics if other != name)
-        without = f"Update or uninstall its package, or leave it out. Write: metrics: [{others}]"
-        try:
-            value: Any = self.metrics[name](logps)
-        except Exception as error:
-            raise DPOPluginError(
-                f"metric {name!r} of {self._owner(name)} raised {type(error).__name__}: {error}. {without}"
-            ) from error
-        if value is None:
-            return None
-        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        if not isinstance(value, Tensor) or value.shape != pairs:
-            raise DPOPluginError(
-                f"metric {name!r} of {self._owner(name)} returned {found} for {pairs[0]} pairs, not a Tensor of shape "
-                f"({pairs[0]},). {without}"
-            )
-        return value.detach()
+        line = f"metrics: [{', '.join(other for other in self.metrics if other != name)}]"
+        what = f"metric {name!r} of {self._owner(name)}"
+        value = call_registered(what, partial(self.metrics[name], logps), line)
+        return None if value is None else one_per_pair(what, value, logps, line)
 
     def result(
         self, gather_object: Callable[[Any], list[Any]] = lambda value: [value], since_start: bool = True
@@ -194,7 +182,8 @@ class MetricMeans:
             return {}
         self.rewards = torch.stack([columns["chosen_reward"], columns["rejected_reward"]], dim=1).float()
         margins = columns["margin"]
-        found = {name: columns[name].mean().item() for name in self.metrics if name in columns}
+        single = [name for name in columns if name.startswith("loss/")]
+        found = {name: columns[name].mean().item() for name in (*self.metrics, *single) if name in columns}
         found |= {"rewards/count": float(len(margins)), **margin_percentiles(margins)}
         found |= length_figures(margins, columns["longer"])
         found |= self._displacement(columns) if since_start else {}

@@ -5,6 +5,10 @@ from __future__ import annotations
 FIELDS: dict[str, str] = {
     "loss": "What is minimised. The default loss starts at ln 2 = 0.6931, where policy and reference agree, and should "
     "fall.",
+    "loss/sigmoid": "DPO's loss alone, before its weight. Starts at ln 2 = 0.6931, where policy and reference agree, "
+    "and should fall.",
+    "loss/sft": "Negative log-likelihood of chosen alone, before its weight, nats per token. Should fall, or hold.",
+    "loss/router_aux": "The routers' load-balancing loss alone, before its weight. Should hold.",
     "grad_norm": "Length of the gradient before clipping. Should stay within a few times its first values; 0 "
     "means that nothing is learned.",
     "learning_rate": "Step size of the optimizer. Rises in the warm-up, then follows the schedule.",
@@ -74,4 +78,6 @@ def explain(name: str) -> str:
         kind, measure, source = bare.split("/", 2)
         group = FIELDS.get(f"{kind}/{measure}")
         sentence = f"Of the source {source} alone: {group}" if group else ""
+    if not sentence and bare.startswith("loss/"):
+        sentence = f"The loss {bare.removeprefix('loss/')} alone, before its weight."
     return f"Held-out data: {sentence[0].lower()}{sentence[1:]}" if sentence and bare != name else sentence

@@ -38,8 +38,9 @@ def summary(line: Mapping[str, Any], step: int, steps: int, time: str = "") -> s
         (name.removesuffix("loss") for name in line if name.startswith("eval_") and name.endswith("loss")), ""
     )
     unranked = {"rewards/accuracies"} if line.get(f"{prefix}rewards/margins") == 0 else set()  # before the first update
+    single = [f"{name.rpartition('/')[2]} {line[name]:.4f}" for name in line if name.startswith(f"{prefix}loss/")]
     shown = [
-        text.format(line[prefix + name])
+        text.format(line[prefix + name]) + (f" ({', '.join(single)})" if name == "loss" and single else "")
         for name, text in SHOWN.items()
         if prefix + name in line and name not in unranked
     ]

@@ -75,9 +75,16 @@ class MetricRecorder:
         """Add fields to the next line of training."""
         self._noted.update(fields)
 
-    def add(self, logps: PairLogps, batch: PairBatch, fresh: bool, training: bool) -> None:
+    def add(
+        self,
+        logps: PairLogps,
+        batch: PairBatch,
+        fresh: bool,
+        training: bool,
+        losses: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Add the pairs that count of a forwarded batch; ``fresh``: the reference was run for it."""
-        self._means["train" if training else "eval"].update(logps)
+        self._means["train" if training else "eval"].update(logps, losses)
         if training:
             self._throughput.add(batch, fresh)
 

@@ -61,6 +61,7 @@ def _sides(field: str) -> dict[str, str]:
 
 PANELS = (
     Panel("loss", "Loss", _splits("loss"), note="A held-out loss that rises while the other falls is overfitting."),
+    Panel("losses", "Losses one by one", {}, note="What the loss is made of, each before its weight."),
     Panel("accuracy", "Accuracy", _splits("rewards/accuracies"), (0.5, "chance")),
     Panel(
         "margin", "Margin", _splits("rewards/margins"), (0.0, ""),
@@ -118,7 +119,8 @@ MARKED_ON = {
 
 def charts(history: History, findings: Sequence[Finding], rewards: Rewards | None = None) -> Iterator[Chart]:
     """The charts of one run, each with the findings that it shows, numbered from 1 in their order."""
-    lines = {panel.key: _lines(history, panel.fields) for panel in PANELS} | {"sources": _source_lines(history)}
+    lines = {panel.key: _lines(history, panel.fields) for panel in PANELS}
+    lines |= {"losses": _loss_lines(history), "sources": _source_lines(history)}
     drawn = {key: some for key, some in lines.items() if some}
     marks: dict[str, dict[int, tuple[int, int]]] = {}
     for number, finding in enumerate(findings, 1):
@@ -228,6 +230,12 @@ def _lines(history: History, fields: Mapping[str, str]) -> list[Line]:
             colour = kinds.index(name.removeprefix("eval_")) if len(kinds) > 1 else None
             lines.append(Line(label, series, name.startswith("eval_"), band, colour))
     return lines
+
+
+def _loss_lines(history: History) -> list[Line]:
+    """The losses that a run adds up."""
+    names = [name for name in history.names() if name.startswith("loss/")]
+    return [Line(name.removeprefix("loss/"), history[name]) for name in names[:MOST_LINES]]
 
 
 def _source_lines(history: History) -> list[Line]:

@@ -12,7 +12,7 @@ from trl.trainer import dpo_trainer
 
 from dpo_plugin.compute.batching import PairCollator, to_pair_batch
 from dpo_plugin.compute.lm_head import ForwardOptions
-from dpo_plugin.compute.logps import completion_logps, pair_logps, total_loss
+from dpo_plugin.compute.logps import completion_logps, pair_logps, single_losses, total_loss
 from dpo_plugin.compute.loss_traits import traits_of
 from dpo_plugin.compute.losses import LOSSES, LossOptions, score
 from dpo_plugin.types import PairLogps
@@ -162,7 +162,8 @@ def compare_with_trl(name: str, wpo=False, ld_alpha=None, f_divergence="reverse_
     ours_in = values.clone().requires_grad_()
     policy = completion_logps(ours_in, batch, ForwardOptions(wpo=wpo, ld_alpha=ld_alpha))
     options = LossOptions(beta=beta, label_smoothing=smoothing, f_divergence=f_divergence, f_alpha=f_alpha)
-    ours = total_loss(pair_logps(policy, ref, beta), {name: (LOSSES[name], 1.0)}, options, policy.wpo_weights).mean()
+    values = single_losses(pair_logps(policy, ref, beta), {name: LOSSES[name]}, options)
+    ours = total_loss(values, {name: 1.0}, policy.wpo_weights).mean()
     ours.backward()
 
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)

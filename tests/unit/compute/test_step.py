@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from dpo_plugin.compute.batching import PairCollator, to_pair_batch
 from dpo_plugin.compute.lm_head import ForwardOptions
 from dpo_plugin.compute.logps import run_model
-from dpo_plugin.compute.losses import LossOptions, sigmoid
+from dpo_plugin.compute.losses import LossOptions, hinge, sigmoid
 from dpo_plugin.compute.step import PreferenceStep, score_pairs
-from dpo_plugin.errors import NotFiniteError, ReferenceMismatchError
+from dpo_plugin.errors import NotFiniteError, ReferenceMismatchError, RegistrationError
 from dpo_plugin.model.adapter_config import AdapterFolder
 from dpo_plugin.model.adapters import attach
 from dpo_plugin.model.cache import CachedReference, ReferenceLogpCache
@@ -41,10 +41,12 @@ def batch():
 def step_of(model, cache=None, **fields):
     reference = CachedReference(AdapterReference(model), cache, on_any_rank=bool)
     usual = {
-        "losses": {"sigmoid": (sigmoid, 2.0)},
+        "losses": {"sigmoid": sigmoid},
+        "weights": {"sigmoid": 2.0},
         "loss_options": LossOptions(beta=BETA),
         "forward_options": ForwardOptions(entropy=True),
         "layers": [],
+        "owner": lambda name: f"the owner of {name}",
         "locate": lambda batch, pair: f"for pair {pair} of {batch.sources[pair]}",
     }
     return PreferenceStep(reference, **(usual | fields))
@@ -87,6 +89,41 @@ def test_pairs_that_do_not_count_are_neither_in_the_loss_nor_in_metrics(model, b
     nothing = step(model, batch, [], training=False)
     assert nothing.logps is None
     assert nothing.loss.requires_grad  # the other ranks' backward needs this one's
+
+
+def test_several_losses_are_given_one_by_one(model, batch):
+    """Each before its weight, of the pairs that count; nothing where the loss is one loss and nothing else."""
+    move(model)
+    both = step_of(model, losses={"sigmoid": sigmoid, "hinge": hinge}, weights={"sigmoid": 2.0, "hinge": 0.5})
+    result = both(model, batch, [0, 2], training=True)
+    assert set(result.losses) == {"sigmoid", "hinge"}
+    assert not result.losses["hinge"].requires_grad
+    torch.testing.assert_close(result.losses["hinge"], hinge(result.logps, LossOptions(beta=BETA)).detach())
+    torch.testing.assert_close(result.loss, (2 * result.losses["sigmoid"] + result.losses["hinge"] / 2).mean())
+    assert not both(model, batch, [], training=True).losses
+
+    assert not step_of(model, weights={"sigmoid": 1.0})(model, batch, EVERY, training=True).losses
+    weighted = step_of(model)(model, batch, EVERY, training=True)
+    torch.testing.assert_close(weighted.loss, 2 * weighted.losses["sigmoid"].mean())
+    wpo = step_of(model, weights={"sigmoid": 1.0}, forward_options=ForwardOptions(wpo=True))
+    result = wpo(model, batch, EVERY, training=True)
+    torch.testing.assert_close(result.losses["sigmoid"], sigmoid(result.logps, LossOptions(beta=BETA)).detach())
+    assert result.loss < result.losses["sigmoid"].mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        (lambda logps, options: logps.chosen_rewards.mean(), r"returned shape \(\) for 3 pairs, not .* shape \(3,\)"),
+        (lambda logps, options: None, "returned NoneType for 3 pairs"),
+        (lambda logps, options: logps.no_such_field, "raised AttributeError: .*no_such_field"),
+        (lambda logps: logps.chosen_rewards, "raised TypeError: .*takes 1 positional argument"),
+    ],
+)
+def test_a_loss_that_gives_no_value_per_pair_is_named_with_its_owner(model, batch, loss, says):
+    step = step_of(model, losses={"mine": loss}, weights={"mine": 1.0})
+    with pytest.raises(RegistrationError, match=rf"^loss 'mine' of the owner of mine {says}.*Write: dpo_loss_type: "):
+        step(model, batch, EVERY, training=True)
 
 
 class TestStepZero:

@@ -19,6 +19,13 @@ def test_a_training_step():
     )
 
 
+def test_a_step_of_several_losses_shows_each():
+    line = {"loss": 2.0012, "loss/sigmoid": 0.693147, "loss/sft": 1.30805, "rewards/margins": 0.0}
+    assert summary(line, 1, 9) == "step 1/9  loss 2.0012 (sigmoid 0.6931, sft 1.3080)  margin +0.000"
+    held_out = {f"eval_{name}": value for name, value in line.items()}
+    assert summary(held_out, 1, 9) == "step 1/9  held-out  loss 2.0012 (sigmoid 0.6931, sft 1.3080)  margin +0.000"
+
+
 def test_nothing_is_ranked_before_the_first_update():
     line = {"loss": 0.693147, "rewards/accuracies": 0.0, "rewards/margins": 0.0}
     assert summary(line, 1, 9) == "step 1/9  loss 0.6931  margin +0.000"

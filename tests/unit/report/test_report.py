@@ -43,7 +43,7 @@ from dpo_plugin.types import Finding
 from tests.unit.health.test_health import recorded
 from tests.unit.metrics.test_metrics import some_pairs
 
-NOT_RECORDED = {"entropy", "drift", "speed", "logits", "win_rate", "score", "divergence"}
+NOT_RECORDED = {"losses", "entropy", "drift", "speed", "logits", "win_rate", "score", "divergence"}
 """Panels of fields that came after the runs were recorded."""
 
 

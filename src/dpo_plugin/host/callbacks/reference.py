@@ -76,7 +76,7 @@ class ReferenceCallback(TrainerCallback):  # type: ignore[misc]
 def _facts(trainer: RunningTrainer) -> dict[str, Any]:
     """Collect what must be equal on every rank before the first step."""
     digests = getattr(trainer.accelerator.unwrap_model(trainer.model), "digests", {})
-    losses = trainer.preference_step.losses
+    weights = trainer.preference_step.weights
     return {
         "dpo_plugin's version": importlib.metadata.version("dpo-plugin"),
         "number of micro-steps per epoch": len(trainer.get_train_dataloader()),
@@ -84,5 +84,5 @@ def _facts(trainer: RunningTrainer) -> dict[str, Any]:
         "reference": trainer.reference.strategy.identity(),
         "cached reference log-probs": trainer.reference.cache is not None,
         "layout of batches": repr(trainer.data_collator),
-        "loss": ", ".join(f"{name} × {weight:g}" for name, (_, weight) in losses.items()),
+        "loss": ", ".join(f"{name} × {weight:g}" for name, weight in weights.items()),
     }

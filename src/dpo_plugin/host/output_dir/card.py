@@ -25,7 +25,7 @@ def write_card(trainer: RunningTrainer) -> None:
     facts = {
         "policy starts from": f"`{policy.path}`, sha256 {model.digests[POLICY]}" if policy else "the base model",
         "reference": " ".join(trainer.origin.reference.values()),
-        "loss": ", ".join(f"{name} × {weight:g}" for name, (_, weight) in trainer.preference_step.losses.items()),
+        "loss": ", ".join(f"{name} × {weight:g}" for name, weight in trainer.preference_step.weights.items()),
         "beta": trainer.args.beta,
         "learning rate": trainer.args.learning_rate,
         "steps": trainer.state.global_step,
