@@ -16,7 +16,7 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: help install demo demo-real test test-ranks test-core test-newest models unit lint types fix bench dist clean
+.PHONY: help install demo demo-real test test-ranks test-core test-newest fuzz models unit lint types fix bench dist clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,17 @@ test-newest:  ## the same with the newest trl, peft and transformers, whatever a
 	-.venv-newest/bin/pip install --quiet --upgrade trl peft transformers
 	-$(MAKE) test-core VENV=.venv-newest
 	-.venv-newest/bin/pip list | grep --extended-regexp "^(axolotl|peft|torch|transformers|trl) "
+
+# `make test` runs a sample of each.
+fuzz: install  ## hostile configs, rows, files and templates, and killed runs: none may end bare, hang or lie (about 40 minutes)
+	OMP_NUM_THREADS=1 python -m tests.fuzz.configs --cases 10000
+	OMP_NUM_THREADS=1 python -m tests.fuzz.configs --cases 1000 --plan
+	OMP_NUM_THREADS=1 python -m tests.fuzz.rows --cases 10000
+	OMP_NUM_THREADS=1 python -m tests.fuzz.prepared --cases 600
+	OMP_NUM_THREADS=1 python -m tests.fuzz.checkpoints --cases 1000
+	OMP_NUM_THREADS=1 python -m tests.fuzz.logs --cases 200
+	OMP_NUM_THREADS=1 python -m tests.fuzz.templates --cases 1000
+	OMP_NUM_THREADS=1 python -m tests.fuzz.kills --cases 20
 
 models: install  ## measure every architecture and write docs/models.md (about 25 minutes)
 	OMP_NUM_THREADS=1 python -m tests.models

@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from types import ModuleType
 
 import click
 import pytest
@@ -11,11 +12,15 @@ import yaml
 from dpo_plugin.__main__ import dpo
 from dpo_plugin.config import parse_config
 from dpo_plugin.host.yaml_keys import LINES_OF_OTHERS
+from dpo_plugin.registry import build_manager, build_registry
 from tests import settings_page
 from tests.support.tiny import ROOT
 from tests.unit.test_project import targets
 
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    + [page for folder in ("docs", "benchmarks", "examples/*") for page in ROOT.glob(f"{folder}/*.md")]
+)
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
@@ -48,7 +53,7 @@ def test_every_path_of_the_repository_that_is_named_is_there(page):
     for path in re.findall(
         r"`((?:src|tests|recipes|examples|docs|benchmarks|deepspeed_configs|fsdp_configs)/[\w./-]+)`", text
     ):
-        assert (ROOT / path).exists(), path
+        assert (ROOT / path).exists() or (page.parent / path).exists(), path
 
 
 def lines(page: Path) -> list[str]:
@@ -88,9 +93,13 @@ def test_every_console_line_names_commands_and_options_that_there_are(page):
 
 
 @pages
-def test_every_python_block_runs(page):
+def test_every_python_block_runs_and_its_hooks_can_be_registered(page):
     for block in blocks(page, "python"):
-        exec(compile(block, page.name, "exec"), {"__name__": "of_the_page"})
+        module = ModuleType("of_the_page")
+        exec(compile(block, page.name, "exec"), vars(module))
+        manager = build_manager()
+        manager.register(module)
+        build_registry(manager)
 
 
 @pages

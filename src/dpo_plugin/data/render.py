@@ -8,11 +8,14 @@ rendered with its generation prompt, the conversation is rendered whole, and the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from os.path import commonprefix
+from threading import current_thread, main_thread
 from typing import Any
 
 from dpo_plugin.data.audit import EMPTY
@@ -22,6 +25,28 @@ from dpo_plugin.types import Message, PreferencePair, RenderedPair
 
 # Letters only, so that no template strips, escapes or splits them.
 _QUESTION, _ANSWER = "dpoPluginQuestion", "dpoPluginAnswer"
+
+LONGEST_RENDERING = 10.0
+"""Seconds that a chat template may take for one conversation; templates take less than a thousandth of it."""
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in code that takes longer; in another thread than the main one nothing interrupts it."""
+    if current_thread() is not main_thread():
+        yield
+        return
+
+    def expired(*_: Any) -> None:
+        raise TimeoutError(f"it took longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +84,18 @@ class Renderer:
         """The template applied to messages, with or without its generation prompt.
 
         Raises:
-            RowError: If the template refuses the conversation (e.g. roles that do not alternate).
+            RowError: If the template refuses the conversation (e.g. roles that do not alternate), or does not end.
         """
         try:
-            rendered: str = self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=pair.tools,
-                chat_template=self.template,
-                add_generation_prompt=generate,
-                tokenize=False,
-                **{**self.template_kwargs, **pair.template_kwargs},
-            )
+            with _time_limit(LONGEST_RENDERING):
+                rendered: str = self.tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=pair.tools,
+                    chat_template=self.template,
+                    add_generation_prompt=generate,
+                    tokenize=False,
+                    **{**self.template_kwargs, **pair.template_kwargs},
+                )
         except Exception as error:  # Jinja raises whatever the template's author chose
             raise RowError(f"{self.name} refuses the conversation: {error}") from error
         return rendered

@@ -199,7 +199,7 @@ def read_deepspeed(setting: Any) -> Mapping[str, Any]:
         raise ConfigError(f"`deepspeed: {setting}` does not exist. {WRITE_SHIPPED}")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"`deepspeed: {setting}` is not valid JSON: {error}. {WRITE_SHIPPED}") from error
     if not isinstance(found, Mapping):
         raise ConfigError(f"`deepspeed: {setting}` is a {type(found).__name__}, not a JSON object. {WRITE_SHIPPED}")

@@ -142,7 +142,7 @@ def read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
         try:
             found.append(json.loads(text))
-        except ValueError:
+        except (ValueError, RecursionError):
             bad += bool(text.strip())
     if bad:
         notes.append(f"{path.name}: {bad} incomplete or damaged line{'s' * (bad > 1)} left out.")
@@ -153,7 +153,7 @@ def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     """Read a JSON object; empty where the file is missing, holds something else, or is damaged, which is noted."""
     try:
         value = json.loads(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         notes.append(f"{path.name} is incomplete or damaged and was left out.")
         return {}
     return value if isinstance(value, dict) else {}

@@ -162,7 +162,7 @@ class AnswersFile:
         try:
             theirs = json.loads(lines[0])
             answers = [[ScoredAnswer(**one) for one in json.loads(line)] for line in lines[1:]]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise self._refusal(f"is not a file of answers ({error})") from error
         if theirs != self.made_of:
             differs = [

@@ -103,13 +103,13 @@ def keep_until(file: Path, step: int) -> None:
     """Remove what an earlier run wrote after a step, so that a resumed run has each step once; 0 empties it."""
     if not file.is_file():
         return
-    lines = file.read_text(encoding="utf-8").split("\n")
+    lines = file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     kept = [line for line in lines if step and line and (_step_of(line) or step + 1) <= step]
-    file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8", errors="surrogateescape")
 
 
 def _step_of(line: str) -> int | None:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None  # incomplete: the run was stopped while writing it

@@ -71,7 +71,7 @@ def _read(file: Path) -> dict[str, Any] | None:
     try:
         holder = json.loads(file.read_text(encoding="utf-8"))
         return {"pid": int(holder["pid"]), "host": str(holder["host"]), "started": float(holder["started"])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
