@@ -186,12 +186,14 @@ def _check_pair(case: Case, pair: dict[str, Any], renderer: Renderer) -> None:
     pair["source"].encode()
     for side in ("chosen", "rejected"):
         ids, given = pair[f"{side}_ids"], row[side]
-        text = (
-            given if isinstance(given, str) else given["content"] if isinstance(given, dict) else given[-1]["content"]
-        )
+        text = given if isinstance(given, str) else _content(given if isinstance(given, dict) else given[-1])
         assert text.rpartition("\n\nAssistant: ")[2].strip() in tokenizer.decode(pair["prompt_ids"] + ids), (row, pair)
         if case.format != "text":  # which may bring control tokens of its own
             assert sum(ids.count(token) for token in renderer.end_of_turn_ids) == 1, (row, pair)
+
+
+def _content(turn: dict[str, Any]) -> str:
+    return str(turn["value"] if "from" in turn else turn["content"])
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ WRONG = [
     ({"datasets": [3]}, "datasets[0]", "datasets: [{path: data/preferences.jsonl, type: dpo_plugin.chat}]"),
     ({"datasets": "file.jsonl"}, "datasets", "datasets: [{path: data/preferences.jsonl, type: dpo_plugin.chat}]"),
     ({"test_datasets": [3]}, "test_datasets[0]", "test_datasets: [{path: data/held_out.jsonl, type: dpo_plugin.chat}]"),
+    ({"tensor_parallel_size": "0.0"}, "tensor_parallel_size", "tensor_parallel_size: 1"),
     ({"rl_beta": []}, "rl_beta", "rl_beta: 0.1"),
     ({"rl_beta": float("inf")}, "rl_beta", "rl_beta: 0.1"),
     ({"rl_beta": True}, "rl_beta", "rl_beta: 0.1"),

@@ -61,6 +61,40 @@ def test_a_run_that_learns_has_no_finding_and_figures_by_source(base_dir, sft_di
     assert line["speed/pairs_per_second"] > 0
 
 
+def test_no_file_of_ours_tells_a_secret_or_who_lives_here(base_dir, sft_dir, tmp_path, monkeypatch):
+    """The adapter's folder is what people upload; the paths in it begin with ~, and no key of a hub or tracker is there."""
+    monkeypatch.setenv("COMET_API_KEY", "")  # which the host sets from the config
+    monkeypatch.setenv("HF_TOKEN", "hush-0")
+    home = tmp_path / "home/jane-doe"
+    (home / "models").mkdir(parents=True)
+    base, sft = home / "models/base", home / "models/sft"
+    base.symlink_to(base_dir)
+    sft.symlink_to(sft_dir)
+    monkeypatch.setenv("HOME", str(home))
+    secrets = {
+        "hub_token": "hush-1",
+        "wandb_run_id": "hush-2",
+        "wandb_entity": "hush-3",
+        "comet_api_key": "hush-4",
+        "mlflow_tracking_uri": "http://me:hush-5@mlflow.example",
+        "val_set_size": 0.1,
+        "dpo_plugin": {"samples": {"count": 1, "max_new_tokens": 2}},
+    }
+    settings = config(base, sft, home, **secrets, max_steps=2) | {"save_strategy": "steps", "save_steps": 1}
+    out = host.train(settings, home).output_dir
+    theirs = ("adapter_config.json", "training_args.bin", "debug.log")  # PEFT's, which it needs, and the host's
+    left = [file for file in out.rglob("*") if file.is_file() and file.name not in theirs]
+    assert {"README.md", "dpo_run.json", "dpo_plugin.json", "data_audit.json", "report.html"} <= {
+        one.name for one in left
+    }
+    assert not [file for file in left if b"hush-" in file.read_bytes()]
+    of_peft = list(out.glob("checkpoint-*/README.md"))
+    telling = [file.relative_to(out) for file in left if b"jane-doe" in file.read_bytes() and file not in of_peft]
+    assert not telling
+    assert "~/models/sft" in (out / "README.md").read_text(encoding="utf-8")
+    assert "~/rows.jsonl" in (out / "data_audit.json").read_text(encoding="utf-8")
+
+
 def test_what_a_third_partys_metric_needs_is_computed_whatever_its_name(base_dir, sft_dir, tmp_path, monkeypatch):
     class TheirPackage:
         @hookimpl

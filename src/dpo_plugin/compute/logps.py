@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,8 +26,6 @@ from dpo_plugin.compute.lm_head import (
 from dpo_plugin.compute.losses import LossOptions, PreferenceLoss
 from dpo_plugin.errors import RegistrationError
 from dpo_plugin.types import CompletionLogps, PairBatch, PairLogps
-
-_WITHOUT = "Update or uninstall its package, or leave it out."
 
 
 def run_model(model: Callable[..., Any], batch: PairBatch, options: ForwardOptions | None = None) -> CompletionLogps:
@@ -169,6 +167,52 @@ def pair_logps(policy: CompletionLogps, ref_logps: Tensor, beta: float, sources:
     )
 
 
+@dataclass(frozen=True)
+class Registered:
+    """A loss or metric that somebody registered, whose faults become errors that name it and its owner.
+
+    Attributes:
+        kind: ``loss`` or ``metric``.
+        name: As in the YAML.
+        owner: Gives the owner's name, for errors.
+        line: The line to write in order to do without, for errors.
+    """
+
+    kind: str
+    name: str
+    owner: Callable[[str], str]
+    line: str
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Call it.
+
+        Raises:
+            RegistrationError: If it raises.
+        """
+        try:
+            return function()
+        except Exception as error:
+            raise self._error(f"raised {type(error).__name__}: {error}") from error
+
+    def one_per_pair(self, value: Any, logps: PairLogps) -> Tensor:
+        """Check that it gave one value per pair, (pairs,).
+
+        Raises:
+            RegistrationError: If it gave anything else.
+        """
+        shape = logps.policy_chosen_logps.shape
+        if isinstance(value, Tensor) and value.shape == shape:
+            return value
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise self._error(f"returned {found} for {shape[0]} pairs, not a Tensor of shape ({shape[0]},)")
+
+    def _error(self, what: str) -> RegistrationError:
+        return RegistrationError(
+            f"{self.kind} {self.name!r} of {self.owner(self.name)} {what}. "
+            f"Update or uninstall its package, or leave it out. Write: {self.line}"
+        )
+
+
 def single_losses(
     logps: PairLogps,
     losses: Mapping[str, PreferenceLoss],
@@ -182,42 +226,9 @@ def single_losses(
     """
     values = {}
     for name, loss in losses.items():
-        what = f"loss {name!r} of {owner(name)}"
-        value = call_registered(what, partial(loss, logps, options), "dpo_loss_type: [sigmoid]")
-        values[name] = one_per_pair(what, value, logps, "dpo_loss_type: [sigmoid]")
+        registered = Registered("loss", name, owner, "dpo_loss_type: [sigmoid]")
+        values[name] = registered.one_per_pair(registered.call(partial(loss, logps, options)), logps)
     return values
-
-
-def call_registered(what: str, function: Callable[[], Any], line: str) -> Any:
-    """Call what a package registered.
-
-    Args:
-        what: Kind, name and owner, for messages.
-        function: What to call.
-        line: The line to write in order to do without.
-
-    Raises:
-        RegistrationError: If it raises.
-    """
-    try:
-        return function()
-    except Exception as error:
-        raise RegistrationError(f"{what} raised {type(error).__name__}: {error}. {_WITHOUT} Write: {line}") from error
-
-
-def one_per_pair(what: str, value: Any, logps: PairLogps, line: str) -> Tensor:
-    """Check that what a package's loss or metric gave is one value per pair, (pairs,); arguments as above.
-
-    Raises:
-        RegistrationError: If it is anything else.
-    """
-    shape = logps.policy_chosen_logps.shape
-    if isinstance(value, Tensor) and value.shape == shape:
-        return value
-    found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise RegistrationError(
-        f"{what} returned {found} for {shape[0]} pairs, not a Tensor of shape ({shape[0]},). {_WITHOUT} Write: {line}"
-    )
 
 
 def total_loss(values: Mapping[str, Tensor], weights: Mapping[str, float], wpo_weights: Tensor | None = None) -> Tensor:

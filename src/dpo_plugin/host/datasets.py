@@ -30,6 +30,7 @@ from dpo_plugin.host.settings import PREFIX, RunSettings
 from dpo_plugin.host.templates import renderer_of
 from dpo_plugin.registry import get_registry
 from dpo_plugin.report.run_folder import AUDIT
+from dpo_plugin.report.shown import shown_text
 from dpo_plugin.types import PreferencePair
 
 
@@ -180,9 +181,10 @@ def report_audits(audits: Sequence[Mapping[str, Any]], output_dir: Path) -> None
     """Print the audits and write ``data_audit.json``, on one process."""
     if int(os.environ.get("RANK", "0")) != 0:
         return
+    shown = [{**audit, "path": shown_text(str(audit["path"]))} for audit in audits]
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / AUDIT).write_text(json.dumps({"datasets": list(audits)}, indent=2), encoding="utf-8")
+        (output_dir / AUDIT).write_text(json.dumps({"datasets": shown}, indent=2), encoding="utf-8")
     except OSError as error:
         raise DataError(
             f"the data audit cannot be written to `output_dir: {output_dir}`: {error.strerror}. Write: output_dir: <a "

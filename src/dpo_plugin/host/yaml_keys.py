@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from axolotl.utils.schemas.enums import ChatTemplate
 from axolotl.utils.schemas.validation import ValidationMixin
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, Strict, ValidationError
 
 from dpo_plugin.config import Role
 from dpo_plugin.engines.config import DeepSpeed, fsdp_keys
@@ -127,7 +127,8 @@ class RawConfig(HostKeys):
     torch_compile: bool | Text | None = Field(None, examples=[False])
     context_parallel_size: Annotated[Integer, Field(ge=0)] | None = Field(None, examples=[1])
     sequence_parallel_degree: Annotated[Integer, Field(ge=0)] | None = Field(None, examples=[1])
-    tensor_parallel_size: Annotated[Integer, Field(ge=0)] | None = Field(None, examples=[1])
+    # Strict, since the host compares text with a number (check_tensor_parallel_size_update_ds_json).
+    tensor_parallel_size: Annotated[Integer, Strict(), Field(ge=0)] | None = Field(None, examples=[1])
     deepspeed: Annotated[Text | DeepSpeed | None, Unset] = Field(None, examples=["deepspeed_configs/zero3_bf16.json"])
     fsdp_version: Integer | None = Field(None, examples=[2])
     fsdp_config: FSDP | None = Field(None, examples=[{"version": 2, "reshard_after_forward": True}])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_plugin.compute.logps import call_registered, one_per_pair
+from dpo_plugin.compute.logps import Registered
 from dpo_plugin.metrics.pair import PreferenceMetric, margin
 from dpo_plugin.types import PairLogps
 
@@ -157,9 +157,9 @@ class MetricMeans:
 
     def _value(self, name: str, logps: PairLogps) -> Tensor | None:
         line = f"metrics: [{', '.join(other for other in self.metrics if other != name)}]"
-        what = f"metric {name!r} of {self._owner(name)}"
-        value = call_registered(what, partial(self.metrics[name], logps), line)
-        return None if value is None else one_per_pair(what, value, logps, line)
+        registered = Registered("metric", name, self._owner, line)
+        value = registered.call(partial(self.metrics[name], logps))
+        return None if value is None else registered.one_per_pair(value, logps)
 
     def result(
         self, gather_object: Callable[[Any], list[Any]] = lambda value: [value], since_start: bool = True

@@ -415,6 +415,24 @@ def test_settings_that_may_hold_a_secret_are_not_shown(tmp_path: Path):
     assert all(text in page for text in shown)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/home/jane/models/base", "~/models/base"),
+        ("adapter /home/jane/sft", "adapter ~/sft"),
+        ("/home/jane", "~"),
+        ("file:///home/jane/rows.jsonl", "file://~/rows.jsonl"),
+        ("/home/janet/rows", "/home/janet/rows"),
+        ("/mnt/home/jane/rows", "/mnt/home/jane/rows"),
+    ],
+)
+def test_who_lives_here_is_not_shown(text: str, expected: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/jane")
+    assert shown_text(text) == expected
+    monkeypatch.setenv("HOME", "/")  # of a container's user
+    assert shown_text(text) == text
+
+
 @pytest.mark.parametrize("path", ["/data/a@b/c", "org/model", "./x?y#z", "C:\\rows", "s3://bucket/a@b.jsonl"])
 def test_paths_are_shown_as_they_are(path: str):
     assert shown_text(path) == path

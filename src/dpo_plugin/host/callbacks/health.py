@@ -127,8 +127,12 @@ def run_facts(trainer: RunningTrainer) -> RunFacts:
         starts_as_reference=strategy.equals_policy_at_start(),
         reference_fixed=not strategy.moves,
         base=shown_text(str(model.config.name_or_path)),
-        policy=str(settings.policy.path) if settings.policy else "all weights" if lora is None else "a fresh LoRA",
-        reference=str(settings.reference),
+        policy=shown_text(str(settings.policy.path))
+        if settings.policy
+        else "all weights"
+        if lora is None
+        else "a fresh LoRA",
+        reference=shown_text(str(settings.reference)),
         pairs=len(trainer.train_dataset),
         hardware=f"{trainer.accelerator.num_processes} × {device}",
     )

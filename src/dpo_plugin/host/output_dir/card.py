@@ -13,6 +13,7 @@ from dpo_plugin.data.audit import audit_lines
 from dpo_plugin.host.callbacks import RunningTrainer
 from dpo_plugin.model.adapters import POLICY, PolicyReferenceModel
 from dpo_plugin.report.run_folder import AUDIT, objects, read_json
+from dpo_plugin.report.shown import shown_text
 
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 
@@ -23,7 +24,9 @@ def write_card(trainer: RunningTrainer) -> None:
     adapter = isinstance(model, PolicyReferenceModel)
     policy = settings.policy
     facts = {
-        "policy starts from": f"`{policy.path}`, sha256 {model.digests[POLICY]}" if policy else "the base model",
+        "policy starts from": f"`{shown_text(str(policy.path))}`, sha256 {model.digests[POLICY]}"
+        if policy
+        else "the base model",
         "reference": " ".join(trainer.origin.reference.values()),
         "loss": ", ".join(f"{name} × {weight:g}" for name, weight in trainer.preference_step.weights.items()),
         "beta": trainer.args.beta,
@@ -31,7 +34,7 @@ def write_card(trainer: RunningTrainer) -> None:
         "steps": trainer.state.global_step,
     }
     output_dir = Path(trainer.args.output_dir)
-    text = model_card(output_dir, str(model.config.name_or_path), facts, trainer.state.log_history, adapter)
+    text = model_card(output_dir, shown_text(str(model.config.name_or_path)), facts, trainer.state.log_history, adapter)
     (output_dir / "README.md").write_text(text, encoding="utf-8")
 
 
