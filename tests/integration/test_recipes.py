@@ -15,7 +15,7 @@ from tests.support.four_bit_experts import quantise_on_cpu
 from tests.support.tiny import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-EXAMPLES = [ROOT / "examples/real/sft.yaml", ROOT / "examples/real/dpo.yaml"]
+EXAMPLES = [ROOT / "examples/real" / f"{name}.yaml" for name in ("sft", "dpo", "round-2")]
 
 
 def validated(recipe: Path, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch):
