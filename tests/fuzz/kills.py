@@ -52,8 +52,17 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(line, cwd=folder, stdout=said, stderr=said, start_new_session=True)
 
 
-def kill(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Kill a run with all its processes after some seconds; says whether it was still running."""
+def steps_logged(folder: Path) -> int:
+    """How many steps the log of a run has."""
+    log = folder / "out/dpo_log.jsonl"
+    return sum('"loss"' in line for line in log.read_text(encoding="utf-8").splitlines()) if log.is_file() else 0
+
+
+def kill(process: subprocess.Popen[bytes], folder: Path, steps: int, seconds: float) -> bool:
+    """Kill a run with all its processes, some seconds after it has logged some steps; says whether it was running."""
+    while process.poll() is None and steps_logged(folder) < steps:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.02)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
     alive = process.poll() is None
@@ -82,7 +91,7 @@ def whole_run(folder: Path, base: Path, sft: Path) -> None:
 
 
 def campaign(seed: int, count: int) -> Counter[str]:
-    """Kill runs, some of them twice; returns how many had taken how many steps."""
+    """Kill at least ``count`` times, a run once or twice; returns how many kills came after how many steps."""
     draw, found = random.Random(seed), Counter[str]()
     with tempfile.TemporaryDirectory() as made:
         base, sft = tiny.save_base(Path(made) / "base"), Path(made) / "sft"
@@ -90,17 +99,16 @@ def campaign(seed: int, count: int) -> Counter[str]:
         began = time.monotonic()
         whole_run(Path(made) / "whole", base, sft)
         seconds, expected = time.monotonic() - began, outcome(Path(made) / "whole")
-        for number in range(count):
-            folder = Path(made) / f"killed-{number}"
+        while found.total() < count:
+            folder = Path(made) / f"killed-{found.total()}"
             folder.mkdir()
             (folder / "config.yaml").write_text(yaml.safe_dump(config(base, sft, folder)), encoding="utf-8")
             for _ in range(draw.choice([1, 1, 2])):
-                alive = kill(start(folder), draw.uniform(0.35, 1.0) * seconds)
-            log = folder / "out/dpo_log.jsonl"
-            steps = sum('"loss"' in line for line in log.read_text().splitlines()) if log.is_file() else 0
+                steps = draw.choice([0, *range(1, STEPS + 1)])
+                if kill(start(folder), folder, steps, draw.uniform(0, 0.2 if steps else seconds)):
+                    found[f"killed after {steps_logged(folder):2d} steps"] += 1
             whole_run(folder, base, sft)
-            assert outcome(folder) == expected, f"case {number}, killed after {steps} steps"
-            found[f"killed after {steps} steps" if alive else "had ended"] += 1
+            assert outcome(folder) == expected, f"{folder.name}: {dict(found)}"
     return found
 
 
