@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 _DATASET = (
@@ -49,7 +49,7 @@ def shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 def shown_text(text: str) -> str:
     """A path or address without what may be a secret in it: user and password before the host, the query, the home."""
     text = re.sub(r"(\w+://)(?:[^/\s]*@)?([^\s?#]*)(?:[?#]\S*)?", r"\1\2", text)
-    home = str(Path.home()).rstrip("/")
+    home = os.environ.get("HOME", "").rstrip("/")
     return re.sub(rf"(?<![\w.~-]){re.escape(home)}(?=/|$)", "~", text) if home else text
 
 

@@ -431,6 +431,8 @@ def test_who_lives_here_is_not_shown(text: str, expected: str, monkeypatch: pyte
     assert shown_text(text) == expected
     monkeypatch.setenv("HOME", "/")  # of a container's user
     assert shown_text(text) == text
+    monkeypatch.delenv("HOME")
+    assert shown_text(text) == text
 
 
 @pytest.mark.parametrize("path", ["/data/a@b/c", "org/model", "./x?y#z", "C:\\rows", "s3://bucket/a@b.jsonl"])

@@ -113,6 +113,7 @@ def run_facts(trainer: RunningTrainer) -> RunFacts:
     strategy, settings = trainer.reference.strategy, trainer.settings
     lora = model.peft_config[POLICY] if isinstance(model, PolicyReferenceModel) else None
     sizes = [(whole_size(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    without = "all weights" if lora is None else "a fresh LoRA"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return RunFacts(
         beta=trainer.args.beta,
@@ -127,11 +128,7 @@ def run_facts(trainer: RunningTrainer) -> RunFacts:
         starts_as_reference=strategy.equals_policy_at_start(),
         reference_fixed=not strategy.moves,
         base=shown_text(str(model.config.name_or_path)),
-        policy=shown_text(str(settings.policy.path))
-        if settings.policy
-        else "all weights"
-        if lora is None
-        else "a fresh LoRA",
+        policy=shown_text(str(settings.policy.path)) if settings.policy else without,
         reference=shown_text(str(settings.reference)),
         pairs=len(trainer.train_dataset),
         hardware=f"{trainer.accelerator.num_processes} × {device}",

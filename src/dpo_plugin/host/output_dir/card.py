@@ -22,11 +22,11 @@ def write_card(trainer: RunningTrainer) -> None:
     """Write the card of a finished run into its output folder."""
     settings, model = trainer.settings, trainer.model
     adapter = isinstance(model, PolicyReferenceModel)
-    policy = settings.policy
+    start = "the base model"
+    if settings.policy:
+        start = f"`{shown_text(str(settings.policy.path))}`, sha256 {model.digests[POLICY]}"
     facts = {
-        "policy starts from": f"`{shown_text(str(policy.path))}`, sha256 {model.digests[POLICY]}"
-        if policy
-        else "the base model",
+        "policy starts from": start,
         "reference": " ".join(trainer.origin.reference.values()),
         "loss": ", ".join(f"{name} × {weight:g}" for name, weight in trainer.preference_step.weights.items()),
         "beta": trainer.args.beta,
