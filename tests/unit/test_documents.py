@@ -12,6 +12,7 @@ import yaml
 from dpo_plugin.__main__ import dpo
 from dpo_plugin.config import parse_config
 from dpo_plugin.host.yaml_keys import LINES_OF_OTHERS
+from dpo_plugin.metrics.fields import FIELDS
 from dpo_plugin.registry import build_manager, build_registry
 from tests import settings_page
 from tests.support.tiny import ROOT
@@ -118,6 +119,25 @@ def test_the_pages_have_something_to_check():
     found = [line for page in PAGES for line in lines(page)]
     assert len(found) >= 40
     assert sum(len(blocks(page, "python")) for page in PAGES) >= 4
+
+
+def fields_of_the_log() -> list[str]:
+    """First column of the table in log.md, as patterns: `_p50` belongs to the name before it."""
+    text = (ROOT / "docs/log.md").read_text(encoding="utf-8")
+    cells = [re.findall(r"`([^`]+)`", row) for row in re.findall(r"^\| (`[^|]*) \|", text, re.M)]
+    patterns = []
+    for cell in cells:
+        for name in cell:
+            whole = re.sub(r"_p\d+$", name, cell[0]) if name.startswith("_") else name.replace("…/", "rewards/")
+            patterns.append(re.sub(r"…|<\w+>", ".+", whole))
+    return patterns
+
+
+def test_every_field_of_the_log_is_in_its_table_and_no_other():
+    logged = {"rewards/accuracies/web", "rewards/margins/web", "rewards/count/web", *FIELDS}
+    patterns = fields_of_the_log()
+    assert not [name for name in logged if not any(re.fullmatch(pattern, name) for pattern in patterns)]
+    assert not [pattern for pattern in patterns if not any(re.fullmatch(pattern, name) for name in logged)]
 
 
 def test_the_names_of_trl_are_those_that_are_refused_with_a_line():
