@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shutil
 import tempfile
@@ -16,9 +17,21 @@ from dpo_plugin.errors import DPOPluginError
 from dpo_plugin.report.report import write_report
 from dpo_plugin.report.run_folder import AUDIT, LOG, RUN, SAMPLES, read_run
 from tests.fuzz.checkpoints import damage
-from tests.support import recorded_run
+from tests.unit.health.test_health import recorded
+from tests.unit.report.test_report import folder as recorded_folder
+from tests.unit.report.test_report import state
 
 FILES = (LOG, RUN, AUDIT, SAMPLES, "checkpoint-4/trainer_state.json")
+
+
+def whole_folder(path: Path) -> Path:
+    """An output folder with every file that the report reads."""
+    recorded_folder(path)
+    state(path / "checkpoint-4", recorded("healthy")[0])
+    answers = {"prompt": "Q?", "question": "Q?", "policy": "Yes.", "reference": "No.", "margin": 0.5}
+    rows = [json.dumps({"step": step, **answers}) for step in (2, 4)]
+    (path / SAMPLES).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
 
 
 def check(whole: Path, place: Path, file: str, seed: int) -> str:
@@ -40,7 +53,7 @@ def campaign(seed: int, count: int) -> Counter[str]:
     """Run cases; returns how many ended how."""
     draw, found = random.Random(seed), Counter[str]()
     with tempfile.TemporaryDirectory() as folder:
-        whole = recorded_run.folder(Path(folder) / "whole")
+        whole = whole_folder(Path(folder) / "whole")
         for number in range(count):
             file, own = FILES[number % len(FILES)], draw.randrange(2**32)
             try:

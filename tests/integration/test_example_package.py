@@ -30,12 +30,8 @@ def run(*line, cwd, **env):
 def python(tmp_path_factory):
     """The interpreter of a new environment with the two wheels, and this one's other packages behind them."""
     folder = tmp_path_factory.mktemp("fresh")
-    ignore = shutil.ignore_patterns("*.egg-info", "__pycache__", "build", ".*_cache")
-    for name in ("src", "recipes", "deepspeed_configs", "fsdp_configs"):
-        shutil.copytree(ROOT / name, folder / "ours" / name, symlinks=True, ignore=ignore)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder / "ours")
-    shutil.copytree(EXAMPLE, folder / "theirs", ignore=ignore)
+    tiny.copy_tree(folder / "ours")
+    shutil.copytree(EXAMPLE, folder / "theirs", ignore=tiny.LEFT_BY_BUILDS)
     pip = [sys.executable, "-m", "pip"]
     run(*pip, "wheel", "--no-build-isolation", "./ours", "./theirs", "-w", "dist", *OFFLINE, cwd=folder)
     run(sys.executable, "-m", "venv", "--without-pip", "env", cwd=folder)

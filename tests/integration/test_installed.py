@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,11 +115,7 @@ def test_a_plugin_that_cannot_be_imported_ends_the_runs_that_name_it_and_no_othe
 def wheel(tmp_path_factory):
     """A folder with what a wheel installs; built from a copy of the tree, as a build leaves its own folders behind."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("src", "recipes", "deepspeed_configs", "fsdp_configs"):
-        ignore = shutil.ignore_patterns("*.egg-info", "__pycache__")
-        shutil.copytree(tiny.ROOT / name, folder / "tree" / name, symlinks=True, ignore=ignore)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(tiny.ROOT / name, folder / "tree")
+    tiny.copy_tree(folder / "tree")
     offline = ["--no-deps", "--no-index", "--disable-pip-version-check", "--quiet"]
     for words in (["wheel", "--no-build-isolation", "./tree", "-w", "dist"], ["install", "--target", "site"]):
         made = [str(path) for path in folder.glob("dist/*.whl")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 ROOT = Path(__file__).parents[2]
+LEFT_BY_BUILDS = shutil.ignore_patterns("*.egg-info", "__pycache__", "build", ".*_cache")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 MOE = {
@@ -159,3 +161,11 @@ def dpo_config(base_dir: Path, output_dir: Path, **settings: Any) -> dict[str, A
         **settings,
     }
     return {key: value for key, value in config.items() if value is not None}
+
+
+def copy_tree(folder: Path) -> None:
+    """Copy what a wheel of ours is built from, as a build leaves its own folders behind."""
+    for name in ("src", "recipes", "deepspeed_configs", "fsdp_configs"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=LEFT_BY_BUILDS)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
