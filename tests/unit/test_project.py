@@ -95,7 +95,7 @@ def test_the_readme_lists_this_host_with_what_it_pins():
 def test_the_version_has_one_source():
     ours = tomllib.loads(read("pyproject.toml"))["project"]["version"]
     assert dpo_plugin.__version__ == ours
-    assert f"## [{ours}]" in read("CHANGELOG.md")
+    assert re.search(rf"^## \[{ours}\] - \d{{4}}-\d\d-\d\d$", read("CHANGELOG.md"), re.M)
     files = subprocess.run(["grep", "-rlF", f'"{ours}"', "src"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert files.stdout == ""
 
