@@ -110,7 +110,8 @@ def shared_segments(example: Example) -> tuple[int, int, int]:
 
 def padded_rows(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any]:
     """Lay out the fields of a `PairBatch` in two padded rows per pair."""
-    rows = [torch.tensor(row) for side in zip(*map(sequences, examples), strict=True) for row in side]
+    pairs = [*map(sequences, examples)]
+    rows = [torch.tensor(pair[side]) for side in (0, 1) for pair in pairs]
     input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
     attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     starts = range(0, input_ids.numel(), input_ids.shape[1])
@@ -125,7 +126,7 @@ def flat_row(examples: Sequence[Example]) -> dict[str, Any]:
     """Lay out the fields of a flat `PairBatch`: nothing is read twice and nothing is padded."""
     ids: list[int] = []
     positions, segments, chosen_positions, rejected_positions = [], [], [], []
-    for example, (first, end, _) in zip(examples, _completions(examples), strict=False):
+    for example, (first, end, _) in zip(examples, _completions(examples), strict=False):  # those of chosen alone
         chosen, rejected = sequences(example)
         prefix, *rest = shared_segments(example)
         start = len(ids)

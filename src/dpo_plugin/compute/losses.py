@@ -53,6 +53,7 @@ def score(logratios: Tensor, options: LossOptions) -> Tensor:
         return -torch.expm1(-logratios)
     if options.f_divergence == "js_divergence":
         return math.log(2) + logsigmoid(logratios)
+    # TRL's bound, at which the two forms differ by 1e-6 · r²/2: it does not matter on which side it falls.
     if options.f_divergence == "alpha_divergence" and abs(options.f_alpha - 1) >= 1e-6:
         power = options.f_alpha - 1
         return torch.expm1((power * logratios).clamp(max=EXPONENT_LIMIT)) / power
@@ -111,7 +112,7 @@ def robust(logps: PairLogps, options: LossOptions) -> Tensor:
 def exo_pair(logps: PairLogps, options: LossOptions) -> Tensor:
     """KL(softmax(β s) ‖ (1−ε, ε)): EXO (Ji et al. 2024, arXiv 2402.00856, eq. 16); ε > 0. (pairs,)."""
     margin = options.beta * _delta(logps, options)
-    epsilon = torch.tensor(options.label_smoothing, device=margin.device, dtype=margin.dtype)
+    epsilon = margin.new_tensor(options.label_smoothing)
     chosen = torch.sigmoid(margin) * (logsigmoid(margin) - torch.log1p(-epsilon))
     return chosen + torch.sigmoid(-margin) * (logsigmoid(-margin) - torch.log(epsilon))
 

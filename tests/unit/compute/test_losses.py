@@ -63,10 +63,11 @@ def test_policy_equal_to_reference_gives_ln_2():
     )
 
 
-def test_ipo_by_hand():
-    """β = 0.5, lengths 2 and 4: (1/2 − (−1)/4 − 1)² = 0.0625."""
-    loss = LOSSES["ipo"](logps(-5, -7, -6, -6, tokens=(2.0, 4.0)), LossOptions(beta=0.5))
-    assert loss.item() == pytest.approx(0.0625, abs=1e-6)
+@pytest.mark.parametrize(("tokens", "expected"), [((2, 4), 0.0625), ((1, 4), 0.0625), ((4, 1), 0.0625), ((1, 1), 1)])
+def test_ipo_by_hand(tokens, expected):
+    """β = 0.5, lengths 2 and 4: (1/2 − (−1)/4 − 1)² = (−1/4)²; 1 and 4: (1 + 1/4 − 1)²; 1 and 1: (1 + 1 − 1)²."""
+    loss = LOSSES["ipo"](logps(-5, -7, -6, -6, tokens=tokens), LossOptions(beta=0.5))
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_smoothed_sigmoid_by_hand():

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from dpo_plugin.data.formats import Columns, conversations
-from dpo_plugin.data.render import Renderer, split_ids
+from dpo_plugin.data.render import Renderer, _parting, split_ids
 from dpo_plugin.errors import RowError, TemplateError
 from tests.support.tiny import chat_row
 
@@ -86,6 +86,22 @@ def test_a_template_that_does_not_continue_its_generation_prompt_is_an_error_tha
     template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>hm{% endif %}"
     with pytest.raises(TemplateError, match="^odd does not continue its own generation prompt"):
         Renderer(tokenizer, template, "odd").render(conversations(chat_row("q", "a", "b"), Columns()))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "whole", "says"),
+    [
+        ("You say:", "They say:", "after '' it writes 'You say:', then 'They say:'"),
+        (
+            f"{'a' * 7}{'b' * 20}{'c' * 30}!",
+            f"{'a' * 7}{'b' * 20}{'d' * 30}!",
+            f"after '{'b' * 20}' it writes '{'c' * 30}', then '{'d' * 30}'",
+        ),
+        ("Q: ", "Q: Yes", "after 'Q: ' it writes '', then 'Yes'"),
+    ],
+)
+def test_a_message_shows_where_two_texts_part(prompt, whole, says):
+    assert _parting(prompt, whole) == says
 
 
 def test_a_tokenizer_without_template_is_an_error(tokenizer):
