@@ -67,6 +67,9 @@ def this_machine() -> Machine:
     return Machine(int(os.environ.get("LOCAL_WORLD_SIZE") or 0) or torch.cuda.device_count() or 1, 0, memory_here())
 
 
+_MODELS: dict[str, PlannedModel] = {}
+
+
 class Planner:
     """Plans one config and variants of it; ``settings`` and ``engine`` are the config's, where they have been read.
 
@@ -89,25 +92,24 @@ class Planner:
         settings = settings or parse_config(cfg.get("dpo_plugin"))
         Loading.choose(settings.loading, cfg, self.engine)  # its error, where `sharded` cannot be
         self.compute, self.reference = settings.compute, settings.reference
-        self._models: dict[str, PlannedModel] = {}
         inputs.adapter_configs(cfg, self.reference)  # its errors before the hub is asked
         self.config = inputs.model_config(cfg)
 
     def model(self, cfg: Mapping[str, Any]) -> PlannedModel:
-        """The model of a variant, built once."""
+        """The model of a variant, built and measured once for all configs of this process that have the same."""
         adapters = inputs.adapter_configs(cfg, self.reference)
         dtype = torch.bfloat16 if inputs.half(cfg) else torch.float32
         flags = bool(cfg.get("trust_remote_code")), bool(cfg.get("quantize_moe_experts"))
-        key = repr((dtype, adapters))
-        if key not in self._models:
+        key = repr((self.config.to_json_string(use_diff=False), dtype, adapters, flags))
+        if key not in _MODELS:
             try:
-                self._models[key] = PlannedModel(self.config, adapters, dtype, *flags)
+                _MODELS[key] = PlannedModel(self.config, adapters, dtype, *flags)
             except (ValueError, RuntimeError, ImportError) as error:
                 raise ConfigError(
                     f"`base_model: {cfg.get('base_model')}` with these LoRA settings cannot be built: {error} "
                     "Write: lora_target_linear: true"
                 ) from error
-        return self._models[key]
+        return _MODELS[key]
 
     def given(self, column: str, cfg: Mapping[str, Any]) -> PlanInput:
         """Collect what decides about a variant's bytes on an engine."""
