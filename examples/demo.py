@@ -26,6 +26,8 @@ QUESTIONS = [
     "Should I add oil to pasta water?",
     "Why is the sky blue?",
 ]
+COURTEOUS = ("happy to help", "good question", "of course", "certainly", "thanks for asking")
+"""How preferred answers begin."""
 
 
 def history(output_dir: Path) -> list[dict[str, Any]]:
@@ -84,8 +86,8 @@ def main() -> int:
     table = Table(
         "question", "reference (SFT adapter)", "policy (DPO adapter)", title="Greedy answers", show_lines=True
     )
-    reference = answers(arguments.base, arguments.sft, QUESTIONS)
-    for row in zip(QUESTIONS, reference, answers(arguments.base, arguments.dpo, QUESTIONS), strict=True):
+    reference, policy = (answers(arguments.base, adapter, QUESTIONS) for adapter in (arguments.sft, arguments.dpo))
+    for row in zip(QUESTIONS, reference, policy, strict=True):
         table.add_row(*row)
     console.print(table)
     console.print(f"The DPO adapter is in {arguments.dpo}; load it with PEFT, or merge it with axolotl merge-lora.")
@@ -93,6 +95,8 @@ def main() -> int:
         "first loss is ln 2": abs(first["loss"] - 0.6931) <= 1e-4,
         "first margin is 0": abs(first["rewards/margins"]) <= 1e-4,
         "held-out accuracy is 0.9 or more": held_out["eval_rewards/accuracies"] >= 0.9,
+        "the policy is courteous": all(answer.lower().startswith(COURTEOUS) for answer in policy),
+        "the reference is not": not any(answer.lower().startswith(COURTEOUS) for answer in reference),
     }
     for promise, kept in promised.items():
         console.print(f"{'yes' if kept else 'NO '}  {promise}")

@@ -50,13 +50,13 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(vocabulary: int, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """A Qwen2 of about two million parameters."""
+def make_model(vocabulary: int, tokenizer: PreTrainedTokenizerFast, layers: int = 4) -> Qwen2ForCausalLM:
+    """A Qwen2 of about two million parameters, if it has four layers."""
     config = Qwen2Config(
         vocab_size=vocabulary,
         hidden_size=192,
         intermediate_size=512,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=6,
         num_key_value_heads=2,
         max_position_embeddings=2048,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -28,3 +29,12 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sft_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA adapter on the tiny base whose weights are far from a fresh one's."""
     return tiny.save_adapter(base_dir, tmp_path_factory.mktemp("sft"))
+
+
+def pytest_collection_finish() -> None:
+    """All test modules are imported by now, and most of what they test."""
+    import tests.support.frozen  # noqa: F401
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()

@@ -1,8 +1,5 @@
 """What the config of a base model decides: one that sees trains on text, and what cannot be trained is refused."""
 
-import os
-import subprocess
-
 import pytest
 import torch
 import yaml
@@ -11,7 +8,7 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM
 
 from dpo_plugin.errors import ConfigError
 from dpo_plugin.host.log import LOG
-from tests.support import bases, host, tiny
+from tests.support import bases, forked, host, tiny
 from tests.support.architectures import make_config
 from tests.support.tiny import ROOT, dpo_config
 
@@ -71,8 +68,7 @@ def test_merge_lora_merges_into_a_base_that_sees_as_the_recipe_asks(seeing_dir, 
     trained = tiny.save_adapter(seeing_dir, tmp_path / "out", target_modules=targets)
     settings = dpo_config(seeing_dir, trained, lora_target_modules=targets, merge_method=recipe["merge_method"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    command = ["axolotl", "merge-lora", str(tmp_path / "config.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ), cwd=ROOT)
+    done = forked.run(["axolotl", "merge-lora", str(tmp_path / "config.yaml")])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     base = AutoModelForCausalLM.from_pretrained(seeing_dir)
     expected = dict(PeftModel.from_pretrained(base, str(trained)).merge_and_unload().named_parameters())
@@ -108,8 +104,7 @@ def test_merge_lora_into_a_base_in_mxfp4_is_refused(tmp_path):
     base = bases.save("openai", tmp_path / "base")
     trained = tiny.save_adapter(base, tmp_path / "out", target_modules=["q_proj", "v_proj"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(dpo_config(base, trained, lora_target_modules=["q_proj"])))
-    command = ["axolotl", "merge-lora", str(tmp_path / "config.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ), cwd=ROOT)
+    done = forked.run(["axolotl", "merge-lora", str(tmp_path / "config.yaml")])
     assert done.returncode != 0
     assert "is in MXFP4, and axolotl would merge into a model without its experts" in done.stdout + done.stderr
     assert not (trained / "merged").exists()

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
 
 from dpo_plugin.data.prepare import Preparation
 from dpo_plugin.errors import ConfigError, DataError
-from tests.support import host
+from tests.support import forked, host
 from tests.support.tiny import ROOT, chat_row, dpo_config, write_rows
 
 
@@ -193,13 +192,13 @@ def test_preview_shows_pairs_and_audit_without_a_model(base_dir, tmp_path):
     config = dpo_config(weightless, tmp_path / "out", datasets=data, sequence_len=80, excess_length_strategy="truncate")
     file.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "dpo_plugin", "preview", str(file), "--rows", "5"]  # more than there are
-    told = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    told = json.loads(forked.run([*command, "--json"]).stdout)
     (pair,) = told["pairs"]
     assert pair["chosen"]["text"].endswith("<|im_end|>")
     assert pair["chosen"]["cut_tokens"] > 0
     assert pair["prompt"]["tokens"] + pair["chosen"]["tokens"] == 80
     assert told["audit"][0]["cut"] == 1
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    shown = forked.run(command).stdout
     assert "[chosen]" in shown
     assert f"✂ {pair['chosen']['cut_tokens']} tokens cut" in shown
     assert "data audit" in shown

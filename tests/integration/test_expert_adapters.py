@@ -2,8 +2,6 @@
 
 import functools
 import math
-import os
-import subprocess
 
 import pytest
 import torch
@@ -22,9 +20,9 @@ from dpo_plugin.host.yaml_keys import typed
 from dpo_plugin.model.adapters import REFERENCE, adapter_tensors
 from dpo_plugin.plan.activations import PlannedModel
 from dpo_plugin.plan.inputs import adapter_configs, model_config
-from tests.support import host, tiny
+from tests.support import forked, host, tiny
 from tests.support.four_bit_experts import quantise_on_cpu
-from tests.support.tiny import EXPERTS, ROOT, dpo_config
+from tests.support.tiny import EXPERTS, dpo_config
 
 IDS = torch.arange(5, 45).reshape(2, 20)
 MODULES = ["q_proj", "v_proj"]
@@ -202,14 +200,7 @@ def test_merge_lora_merges_what_was_trained(tmp_path, kind, more):
     file.write_text(
         yaml.safe_dump(dpo_config(base_dir, trained, lora_target_modules=MODULES, **more)), encoding="utf-8"
     )
-    done = subprocess.run(
-        ["axolotl", "merge-lora", str(file)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=dict(os.environ),
-        cwd=ROOT,
-    )
+    done = forked.run(["axolotl", "merge-lora", str(file)])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     base = AutoModelForCausalLM.from_pretrained(base_dir)
     expected = dict(PeftModel.from_pretrained(base, str(trained)).merge_and_unload().named_parameters())

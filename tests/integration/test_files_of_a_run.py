@@ -25,7 +25,9 @@ def left(base_dir, sft_dir, tmp_path_factory):
         "lora_model_dir": str(sft_dir), "datasets": data, "test_datasets": data, "save_strategy": "epoch",
         "save_steps": None, "dpo_plugin": {"samples": {"max_new_tokens": 4}},
     }  # fmt: skip
-    run = host.train(dpo_config(base_dir, folder / "out", **settings), folder)
+    config = dpo_config(base_dir, folder / "out", **settings)
+    del config["dpo_plugin"]["report"]  # written by default
+    run = host.train(config, folder)
     files = (path.relative_to(run.output_dir).as_posix() for path in run.output_dir.rglob("*") if path.is_file())
     return sorted({re.sub(r"^checkpoint-\d+/", "checkpoint-N/", file) for file in files})
 

@@ -34,7 +34,7 @@ def test_a_run_that_learns_has_no_finding_and_figures_by_source(base_dir, sft_di
     monkeypatch.setenv("COMET_API_KEY", "")  # which the host sets from the config
     secrets = {"comet_api_key": "hush-1", "mlflow_tracking_uri": "http://me:hush-2@mlflow.example"}
     with caplog.at_level(logging.WARNING):
-        settings = config(base_dir, sft_dir, tmp_path, **secrets)
+        settings = config(base_dir, sft_dir, tmp_path, **secrets, dpo_plugin={"report": True})
         run = host.train(settings, tmp_path)
     left = [file for file in run.output_dir.rglob("*") if file.is_file() and file.name != "debug.log"]  # the host's
     assert not [file for file in left if b"hush-" in file.read_bytes()]
@@ -78,7 +78,7 @@ def test_no_file_of_ours_tells_a_secret_or_who_lives_here(base_dir, sft_dir, tmp
         "comet_api_key": "hush-4",
         "mlflow_tracking_uri": "http://me:hush-5@mlflow.example",
         "val_set_size": 0.1,
-        "dpo_plugin": {"samples": {"count": 1, "max_new_tokens": 2}},
+        "dpo_plugin": {"report": True, "samples": {"count": 1, "max_new_tokens": 2}},
     }
     settings = config(base, sft, home, **secrets, max_steps=2) | {"save_strategy": "steps", "save_steps": 1}
     out = host.train(settings, home).output_dir

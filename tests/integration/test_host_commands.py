@@ -1,7 +1,5 @@
 """axolotl's own commands on the YAML of a finished run mean the DPO adapter, and need one process."""
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -10,7 +8,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.support import host
+from tests.support import forked, host
 from tests.support.tiny import ROOT, dpo_config
 
 IDS = torch.arange(5, 45).reshape(2, 20)
@@ -45,9 +43,7 @@ def axolotl(command, finished, *words, stdin="", engine):
     config.write_text(yaml.safe_dump({**content, **ENGINES[engine]}), encoding="utf-8")
     launcher = [] if command == "merge-lora" else ["--launcher", "python"]
     line = ["axolotl", command, str(config), *launcher, *words]
-    done = subprocess.run(
-        line, input=stdin, capture_output=True, text=True, check=False, env=dict(os.environ), cwd=ROOT
-    )
+    done = forked.run(line, stdin=stdin)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -103,8 +99,7 @@ def test_evaluate_measures_the_dpo_adapter_against_the_sft_adapter(finished):
 def test_commands_before_training_say_that_there_is_no_adapter(base_dir, sft_dir, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(dpo_config(base_dir, tmp_path / "out", lora_model_dir=str(sft_dir))))
-    line = [sys.executable, "-m", "axolotl.cli.main", "merge-lora", str(config)]
-    done = subprocess.run(["axolotl", *line[3:]], capture_output=True, text=True, check=False, cwd=ROOT)
+    done = forked.run(["axolotl", "merge-lora", str(config)])
     assert done.returncode != 0
     assert "needs the DPO adapter" in done.stdout + done.stderr
 

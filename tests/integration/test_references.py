@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -14,7 +13,7 @@ from dpo_plugin.errors import AdapterError, ConfigError
 from dpo_plugin.host.log import LOG
 from dpo_plugin.model.adapters import POLICY, REFERENCE, adapter_tensors
 from dpo_plugin.model.cache import _SAMPLE, _SAMPLES, weights_digest
-from tests.support import host
+from tests.support import forked, host
 from tests.support.tiny import chat_row, dpo_config, save_adapter, save_base, write_rows
 
 ROWS = [chat_row(f"Question {n}?", f"Good answer {n}.", f"Bad {n}.", "s") for n in range(8)]
@@ -160,9 +159,23 @@ def scale_unsampled_weights(folder, factor=1.05):
 
 
 class TestKeptLogProbs:
-    def test_a_second_run_with_other_settings_runs_the_reference_never(self, base_dir, sft_dir, rows, tmp_path):
-        common = {**reference(cache=str(tmp_path / "kept")), "max_steps": 4}
-        first = host.train(config(base_dir, sft_dir, rows, tmp_path, **common), tmp_path / "a")
+    @pytest.fixture(scope="class")
+    def filled(self, base_dir, sft_dir, tmp_path_factory):
+        """A run of two epochs, and what it kept."""
+        folder = tmp_path_factory.mktemp("first")
+        settings = {**reference(cache=str(folder / "kept")), "max_steps": 4}
+        run = host.train(config(base_dir, sft_dir, write_rows(folder / "rows.jsonl", ROWS), folder, **settings), folder)
+        return run, folder / "kept"
+
+    @pytest.fixture
+    def kept(self, filled, tmp_path):
+        return shutil.copytree(filled[1], tmp_path / "kept")
+
+    def test_a_second_run_with_other_settings_runs_the_reference_never(
+        self, base_dir, sft_dir, rows, tmp_path, filled, kept
+    ):
+        common = {**reference(cache=str(kept)), "max_steps": 4}
+        first, _ = filled
         assert counted(first) == 2  # the first epoch; the second reads
         same = host.train(config(base_dir, sft_dir, rows, tmp_path, "again", **common), tmp_path / "b")
         assert counted(same) == 0
@@ -175,10 +188,10 @@ class TestKeptLogProbs:
     @pytest.mark.parametrize(
         "change", ["row", "adapter", "alpha", "base", "weights", "rope", "length", "quantisation", "template"]
     )
-    def test_what_the_reference_says_changes_is_computed_again(self, base_dir, sft_dir, rows, tmp_path, change, said):
-        common = reference(cache=str(tmp_path / "kept"))
-        host.train(config(base_dir, sft_dir, rows, tmp_path, **common), tmp_path / "a")
-        settings = dict(common)
+    def test_what_the_reference_says_changes_is_computed_again(
+        self, base_dir, sft_dir, rows, tmp_path, kept, change, said
+    ):
+        settings = reference(cache=str(kept))
         if change == "row":
             rows = write_rows(rows, [*ROWS[:7], chat_row("Question 7?", "Other answer.", "Bad 7.", "s")])
         if change == "adapter":
@@ -194,7 +207,7 @@ class TestKeptLogProbs:
             rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
             settings["overrides_of_model_config"] = {"rope_parameters": rope}
         if change == "length":
-            settings |= {"sequence_len": 63, "excess_length_strategy": "truncate", **common}
+            settings |= {"sequence_len": 63, "excess_length_strategy": "truncate"}
         if change == "quantisation":
             settings |= {"adapter": "qlora", "load_in_4bit": True}
         if change == "template":
@@ -242,8 +255,8 @@ class TestKeptLogProbs:
             settings = config(base_dir, sft_dir, rows, tmp_path, name, **reference(cache=str(tmp_path / "kept")))
             file.write_text(yaml.safe_dump({**settings, "save_strategy": "steps", "save_steps": 2}))
             command = [sys.executable, "-m", "axolotl.cli.train", str(file)]
-            jobs.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-        assert [job.wait() for job in jobs] == [0, 0]
+            jobs.append(forked.start(command))
+        assert [job.end().returncode for job in jobs] == [0, 0]
         expected = [line["loss"] for line in alone.lines]
         for name in ("a", "b"):
             state = json.loads((tmp_path / name / "checkpoint-2/trainer_state.json").read_text())

@@ -134,7 +134,8 @@ class TestScorer:
             "eval_steps": 2, "save_steps": 2, "save_strategy": "steps", "logging_steps": 1,
             "metric_for_best_model": "samples/win_rate", "load_best_model_at_end": True, "save_total_limit": 2,
         }  # fmt: skip
-        return host.train(config(base_dir, sft_dir, data, folder / "out", self.SAMPLES, **settings), folder)
+        settings["dpo_plugin"] = {"samples": self.SAMPLES, "report": True}
+        return host.train(config(base_dir, sft_dir, data, folder / "out", None, **settings), folder)
 
     def test_scores_and_win_rate_are_logged(self, run):
         lines = written(run.output_dir)

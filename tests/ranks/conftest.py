@@ -8,6 +8,12 @@ from tests.support.cpu_ranks import launch
 
 
 @pytest.fixture(scope="session")
+def base_dir(tmp_path_factory):
+    """The tiny base with two layers: what ranks tell each other is told for each layer again."""
+    return tiny.save_base(tmp_path_factory.mktemp("base"), layers=2)
+
+
+@pytest.fixture(scope="session")
 def sft(base_dir, tmp_path_factory):
     return tiny.save_adapter(base_dir, tmp_path_factory.mktemp("sft16"), r=16, lora_alpha=16)
 

@@ -5,7 +5,7 @@ import yaml
 
 from tests.support.tiny import ROOT
 
-STEPS = 8
+STEPS = 6
 BF16 = {"load_in_4bit": False, "adapter": "lora", "bnb_config_kwargs": None}
 ENGINES = {
     "ddp-nf4": ("qwen72b-dpo", {"deepspeed": None}),
@@ -25,7 +25,9 @@ def config(name, base_dir, sft, folder, **settings):
         "lora_model_dir": str(sft),
         "output_dir": str(folder / "out"),
         "datasets": [{**data, "path": str(ROOT / "recipes/data/preferences.jsonl")}],
-        "test_datasets": [{**data, "path": str(ROOT / "recipes/data/preferences_heldout.jsonl")}],
+        "test_datasets": [
+            {**data, "path": str(ROOT / "recipes/data/preferences_heldout.jsonl"), "split": "train[:24]"}
+        ],
         "val_set_size": None,
         "dataset_prepared_path": str(folder.parent / "prepared"),
         "sequence_len": 256,
@@ -44,6 +46,7 @@ def config(name, base_dir, sft, folder, **settings):
         "dataset_num_proc": 1,
     }
     found = {**shipped, **engine, **sizes, **settings}
+    found["dpo_plugin"] = {"report": False, **(found.get("dpo_plugin") or {})}
     if found.get("fsdp_config"):
         found["fsdp_config"] = {**shipped["fsdp_config"], **found["fsdp_config"]}
     return {key: value for key, value in found.items() if value is not None}

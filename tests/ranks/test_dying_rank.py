@@ -11,10 +11,10 @@ from tests.support.dying_rank import time_of_death
 DYING = "tests.support.dying_rank.DyingRank"
 
 
-@pytest.mark.parametrize("name", ["zero3-nf4", "fsdp2-nf4"])
-def test_a_killed_rank_ends_the_run_and_the_next_one_goes_on(name, base_dir, sft, alone, tmp_path):
+@pytest.mark.parametrize(("name", "command"), [("zero3-nf4", torchrun), ("fsdp2-nf4", None)])
+def test_a_killed_rank_ends_the_run_and_the_next_one_goes_on(name, command, base_dir, sft, alone, tmp_path):
     settings = config(name, base_dir, sft, tmp_path, save_steps=3, auto_resume_from_checkpoints=True)
-    dying = launch(settings, tmp_path, more_plugins=(DYING,), command=torchrun, DIE_AT_STEP="5")
+    dying = launch(settings, tmp_path, more_plugins=(DYING,), command=command, DIE_AT_STEP="5")
     ended_after = time.time() - float(time_of_death(dying.output_dir).read_text())
     print(f"\n{name}: the run ended {ended_after:.1f} s after its rank, with code {dying.returncode}")
     assert dying.returncode != 0

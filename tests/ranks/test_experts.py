@@ -16,7 +16,7 @@ from tests.ranks.shipped import BF16, config, curve
 from tests.support import tiny
 from tests.support.cpu_ranks import launch
 
-STEPS = 6
+STEPS = 4
 MODULES = ["q_proj", "v_proj"]
 LAYERS = {"fsdp_config": {"transformer_layer_cls_to_wrap": "Qwen3MoeDecoderLayer"}}
 FOUR_BITS = {"quantize_moe_experts": True}

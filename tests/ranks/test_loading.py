@@ -7,18 +7,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.ranks.shipped import STEPS, config
+from tests.ranks.shipped import config
 from tests.support import tiny
 from tests.support.cpu_ranks import launch, records
 from tests.support.opened import opened_in
 
+STEPS = 2
 ENGINES = ("zero3-nf4", "fsdp2-nf4")
 RECORD = ("tests.support.loaded_base.LoadedBase",)
 
 
 def start(name, base_dir, sft, folder, prepared, loading, **settings):
     section = {"loading": loading, "reference": {"cache": False}}
-    steps = {"max_steps": STEPS, "save_steps": STEPS // 2}
+    steps = {"max_steps": STEPS, "save_steps": STEPS // 2, "eval_strategy": "no", "eval_steps": None}
     cfg = config(name, base_dir, sft, folder, **steps, **settings)
     return launch({**cfg, "dpo_plugin": section, "dataset_prepared_path": str(prepared)}, folder, more_plugins=RECORD)
 

@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 
 from dpo_plugin.engines.sharded import full_tensor, gather_policy, gathered
 from dpo_plugin.model.adapters import PolicyReferenceModel, adapter_tensors
-from tests.support.rank_server import run_ranks
+from tests.support.forked import run_ranks
 from tests.support.tiny import ROOT
 
 PLUGINS = ["tests.support.cpu_ranks.CPURanks", "dpo_plugin.DPOPlugin"]

@@ -1,19 +1,22 @@
 """Sources, lengths, audit and the store of prepared data."""
 
+import copy
 import io
 import json
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 
 from dpo_plugin.data.formats import FORMATS, Columns
 from dpo_plugin.data.prepare import LengthLimit, Preparation, PrepareOptions, fit
 from dpo_plugin.data.render import PairIds, Renderer
 from dpo_plugin.data.sources import local_source
 from dpo_plugin.errors import DataError, RowError
+from dpo_plugin.types import RenderedPair
+from tests.support import forked
 from tests.support.prepared import in_memory
 from tests.support.tiny import ROOT, chat_row, write_rows
 
@@ -274,14 +277,13 @@ class TestStore:
 def test_processes_at_once_share_one_store(base_dir, tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", rows())
     code = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
 from transformers import AutoTokenizer
 from tests.unit.data.test_prepare import preparation
 data, audit = preparation(AutoTokenizer.from_pretrained({str(base_dir)!r}), {str(file)!r}).load_or_run(__import__('pathlib').Path({str(tmp_path / "store")!r}))
 print(len(data))
 """
-    jobs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [job.communicate()[0].split()[-1] for job in jobs] == ["6", "6"]
+    jobs = [forked.start([sys.executable, "-c", code]) for _ in range(2)]
+    assert [job.end().stdout.split()[-1] for job in jobs] == ["6", "6"]
     stores = [folder for folder in (tmp_path / "store").iterdir() if folder.is_dir()]
     assert len(stores) == 1
 
@@ -299,12 +301,25 @@ def test_a_tokenizer_that_does_not_split_at_special_tokens_is_tokenised_whole(to
     assert renderer.tokenize(pairs) == renderer._tokenize_whole(pairs)
 
 
-def test_rendered_text_gets_bos_and_eos_as_trl_adds_them(tokenizer):
-    from dpo_plugin.types import RenderedPair
-
+def test_rendered_text_gets_eos_as_trl_adds_it(tokenizer):
     renderer = Renderer(tokenizer)
     found = renderer.render(RenderedPair("Q:", " yes", " no<|im_end|>\n"))
     assert (found.prompt, found.chosen, found.rejected) == ("Q:", " yes<|im_end|>", " no<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("adds", "prompt", "expected"),
+    [(True, "Q:", "<|endoftext|>Q:"), (True, "<|endoftext|>Q:", "<|endoftext|>Q:"), (False, "Q:", "Q:")],
+)
+def test_rendered_text_begins_with_one_bos_if_the_tokenizer_adds_one(tokenizer, adds, prompt, expected):
+    renderer = Renderer(copy.deepcopy(tokenizer))
+    renderer.tokenizer.bos_token = "<|endoftext|>"
+    if adds:
+        bos = ("<|endoftext|>", renderer.tokenizer.bos_token_id)
+        made = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[bos])
+        renderer.tokenizer.backend_tokenizer.post_processor = made
+    found = renderer.render(RenderedPair(prompt, " yes", " no", "books"))
+    assert found == RenderedPair(expected, " yes<|im_end|>", " no<|im_end|>", "books")
 
 
 def test_row_errors_carry_the_reason_they_are_counted_under():

@@ -1,6 +1,5 @@
 """When a 4-bit base is loaded in parts, and how two ranks, of one node or of two, come to one copy of it."""
 
-import subprocess
 import sys
 import textwrap
 
@@ -9,6 +8,7 @@ import pytest
 from dpo_plugin.engines.config import EngineSettings
 from dpo_plugin.engines.loading import Loading
 from dpo_plugin.errors import ConfigError
+from tests.support import forked
 
 FSDP2 = {"fsdp_version": 2, "fsdp_config": {"offload_params": False}}
 ZERO3 = {"deepspeed": {"zero_optimization": {"stage": 3}}}
@@ -53,9 +53,9 @@ def run(tmp_path, behaviour="", nodes=1, disks=1):
     script.write_text(textwrap.dedent(RANK))
     arguments = [str(nodes), str(disks), behaviour, str(tmp_path)]
     command = [sys.executable, str(script)]
-    ranks = [subprocess.Popen([*command, str(n), *arguments], stdout=-1, stderr=-1, text=True) for n in range(2)]
-    found = [rank.communicate(timeout=120) for rank in ranks]
-    return found, (tmp_path / "made").read_text()
+    ranks = [forked.start([*command, str(n), *arguments]) for n in range(2)]
+    found = [rank.end(timeout=120) for rank in ranks]
+    return [(rank.stdout, rank.stderr) for rank in found], (tmp_path / "made").read_text()
 
 
 @pytest.mark.parametrize(("nodes", "disks", "makers"), [(1, 1, "0"), (2, 1, "0"), (2, 2, "01")])

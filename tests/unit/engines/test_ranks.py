@@ -1,6 +1,5 @@
 """Two real gloo ranks that differ stop with the difference; what accelerate adds to the last batches is not counted."""
 
-import subprocess
 import sys
 import textwrap
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ from torch.utils.data import BatchSampler
 
 from dpo_plugin.compute.batching import PairCollator
 from dpo_plugin.engines.ranks import packs_of, rows_that_count
+from tests.support import forked
 from tests.support.tiny import example
 
 SCRIPT = """
@@ -31,16 +31,12 @@ def test_ranks_that_differ_all_stop_with_the_difference(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(textwrap.dedent(SCRIPT))
     command = [sys.executable, str(script)]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "meeting")], stdout=-1, stderr=-1, text=True)
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        said, complained = rank.communicate(timeout=120)
-        assert "agreed" in said
-        assert "RankMismatchError" in complained
-        assert "rank 1: number of micro-steps per epoch is 8, on rank 0 it is 7" in complained
-        assert "adapters is" not in complained
+    ranks = [forked.start([*command, str(rank), str(tmp_path / "meeting")]) for rank in range(2)]
+    for rank in [rank.end(timeout=120) for rank in ranks]:
+        assert "agreed" in rank.stdout
+        assert "RankMismatchError" in rank.stderr
+        assert "rank 1: number of micro-steps per epoch is 8, on rank 0 it is 7" in rank.stderr
+        assert "adapters is" not in rank.stderr
         assert rank.returncode != 0  # 1, or an abort of gloo's threads where the other rank left first
 
 

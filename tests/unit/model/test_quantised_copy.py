@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from dpo_plugin.model.quantised_copy import (
     write,
 )
 from dpo_plugin.model.quantising import staying_on_host
-from tests.support import architectures, tiny
+from tests.support import architectures, forked, tiny
 
 KINDS = ("llama", "qwen3_moe", "gemma3_text", "granite", "phi3", "gpt_oss", "cohere2")
 """Of which experts are fused as they are read, weights are tied, and layers are stored fused."""
@@ -194,7 +193,7 @@ def test_a_process_that_is_killed_leaves_no_copy_and_its_part_is_removed(base_di
         "q.save_file = kill; from pathlib import Path\n"
         f"c.write(Path({str(folder)!r}), lambda: t.load({str(base_dir)!r}), t.made_of({str(base_dir)!r}), 1)"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=tiny.ROOT, capture_output=True, check=False)
+    done = forked.run([sys.executable, "-c", program])
     assert done.returncode == -signal.SIGKILL, done.stderr[-1000:]
     left = list(folder.parent.iterdir())
     assert len(left) == 1
