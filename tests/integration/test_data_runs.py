@@ -192,13 +192,14 @@ def test_preview_shows_pairs_and_audit_without_a_model(base_dir, tmp_path):
     config = dpo_config(weightless, tmp_path / "out", datasets=data, sequence_len=80, excess_length_strategy="truncate")
     file.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "dpo_plugin", "preview", str(file), "--rows", "5"]  # more than there are
-    told = json.loads(forked.run([*command, "--json"]).stdout)
+    printed, shown = forked.run([*command, "--json"]), forked.run(command)
+    assert printed.returncode == shown.returncode == 0
+    told = json.loads(printed.stdout)
     (pair,) = told["pairs"]
     assert pair["chosen"]["text"].endswith("<|im_end|>")
     assert pair["chosen"]["cut_tokens"] > 0
     assert pair["prompt"]["tokens"] + pair["chosen"]["tokens"] == 80
     assert told["audit"][0]["cut"] == 1
-    shown = forked.run(command).stdout
-    assert "[chosen]" in shown
-    assert f"✂ {pair['chosen']['cut_tokens']} tokens cut" in shown
-    assert "data audit" in shown
+    assert "[chosen]" in shown.stdout
+    assert f"✂ {pair['chosen']['cut_tokens']} tokens cut" in shown.stdout
+    assert "data audit" in shown.stdout

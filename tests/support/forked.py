@@ -35,9 +35,15 @@ class Forked:
     folder: tempfile.TemporaryDirectory[str]
 
     def end(self, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
-        """Wait for it, as `subprocess.run` with ``text=True`` and ``capture_output=True``; past the time it is killed."""
+        """Wait for it, as `subprocess.run` with ``text=True`` and ``capture_output=True``; past the time it is killed.
+
+        Raises:
+            subprocess.TimeoutExpired: If it was.
+        """
         self.process.join(timeout)
-        self.kill()
+        if self.process.is_alive():
+            self.kill()
+            raise subprocess.TimeoutExpired(self.command, timeout or 0)
         said = [(Path(self.folder.name) / name).read_text(errors="replace") for name in ("stdout", "stderr")]
         self.folder.cleanup()
         assert self.process.exitcode is not None
