@@ -17,6 +17,8 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
 # Of all that is installed a run imports a tenth, which Python compiles then.
 export PIP_NO_COMPILE := 1
+# uv unpacks side by side what pip unpacks one after the other (25 s for 100); as pip does, it trusts whom the system trusts.
+UV := $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --system-certs
 
 .PHONY: help install demo demo-real test test-ranks test-core test-newest fuzz models unit lint types fix bench dist clean
 
@@ -27,11 +29,11 @@ install: $(VENV)/installed  ## make .venv with everything, at the versions of py
 
 $(VENV)/installed: pyproject.toml
 	$(or $(PYTHON),$(error No Python from 3.11 to 3.13 runs here; make PYTHON=... names one)) -m venv $(VENV)
-	pip install --quiet --upgrade pip
+	pip install --quiet --upgrade pip "uv>=0.13,<1"
 	pip install --quiet "$(TORCH)" setuptools
 	# axolotl pins it; it has no wheel for Python 3.13, and in an environment of its own its build fails there.
-	pip install --quiet --no-build-isolation zstandard==0.22.0
-	pip install --quiet --editable ".[dev,deepspeed]" "$(AXOLOTL)"
+	$(UV) --no-build-isolation zstandard==0.22.0
+	$(UV) --editable ".[dev,deepspeed]" "$(AXOLOTL)"
 	touch $@
 
 demo: install  ## train a tiny model with SFT, then DPO, and show what changed (under 10 minutes)

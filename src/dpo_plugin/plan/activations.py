@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import statistics
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -149,9 +150,11 @@ class PlannedModel:
         """
         if (step, layers) not in self._known:
             config, adapters = copy.deepcopy((self.config, dict(self.adapters)))
-            config.num_hidden_layers = layers
-            if getattr(config, "layer_types", None):
-                config.layer_types = config.layer_types[:layers]
+            decoder = config.get_text_config()  # of a base that sees; otherwise the config itself
+            decoder.num_hidden_layers = layers
+            if types := getattr(decoder, "layer_types", None):  # the last as it is, and one of each: each has a mask
+                from_last = [*dict.fromkeys(reversed(types)), *[statistics.mode(types)] * layers]
+                decoder.layer_types = from_last[:layers][::-1]
             for settings in adapters.values():
                 settings.layers_to_transform = None
                 names = settings.target_parameters or ()

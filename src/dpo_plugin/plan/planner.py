@@ -96,11 +96,14 @@ class Planner:
         self.config = inputs.model_config(cfg)
 
     def model(self, cfg: Mapping[str, Any]) -> PlannedModel:
-        """The model of a variant, built and measured once for all configs of this process that have the same."""
+        """The model of a variant, built and measured once for all configs of a process that have its shape."""
         adapters = inputs.adapter_configs(cfg, self.reference)
         dtype = torch.bfloat16 if inputs.half(cfg) else torch.float32
         flags = bool(cfg.get("trust_remote_code")), bool(cfg.get("quantize_moe_experts"))
-        key = repr((self.config.to_json_string(use_diff=False), dtype, adapters, flags))
+        shape = self.config.to_dict()
+        if not flags[0]:  # else the name says whose code it is
+            shape.pop("_name_or_path", None)
+        key = repr((shape, dtype, adapters, flags))
         if key not in _MODELS:
             try:
                 _MODELS[key] = PlannedModel(self.config, adapters, dtype, *flags)

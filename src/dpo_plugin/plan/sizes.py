@@ -68,7 +68,8 @@ def on_meta(config: Any, adapters: Mapping[str, LoraConfig], dtype: torch.dtype,
         ValueError: If transformers has no causal language model for the config, or LoRA does not fit it.
     """
     with init_empty_weights(include_buffers=True):  # else every tensor is allocated before it goes to meta
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+        # transformers writes the dtype into the config that it builds from
+        base = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=trust)
     if not adapters:
         return base
     settings = {name: _as_attached(one, base) for name, one in adapters.items()}

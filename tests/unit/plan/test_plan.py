@@ -24,11 +24,11 @@ from dpo_plugin.host.commands.cli import dpo
 from dpo_plugin.host.yaml_keys import read_yaml, typed
 from dpo_plugin.model.adapters import POLICY, REFERENCE
 from dpo_plugin.plan import engines as sharding
-from dpo_plugin.plan.activations import LiveBytes, PlannedModel, Step
+from dpo_plugin.plan.activations import LiveBytes, PlannedModel, Step, run_on_fakes
 from dpo_plugin.plan.engines import PlanInput, Zero3
 from dpo_plugin.plan.inputs import SHIPPED_ZERO3, adapter_configs, zero3_settings
 from dpo_plugin.plan.planner import CONTEXT, GIB, Machine, Planner, make_plan
-from dpo_plugin.plan.sizes import Sizes
+from dpo_plugin.plan.sizes import Sizes, on_meta
 from dpo_plugin.plan.table import OFFLOADED, plan_report
 from tests.support.tiny import EXPERTS, PROJECTIONS, ROOT, moe_config
 
@@ -220,6 +220,34 @@ def test_two_depths_tell_every_other(adapters, checkpointed):
     assert model.activations(step) == model.at_depth(step, 5)
 
 
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_a_base_that_sees_is_cut_to_two_depths_and_has_every_kind_of_layer(checkpointed):
+    """Against the whole model, run uncut: as in Gemma 3, five layers with a window to each that attends to all.
+
+    What a layer keeps of its window, a thousandth here, is counted for the second that has none, too.
+    """
+    kinds = [*["sliding_attention"] * 5, "full_attention", "sliding_attention", "full_attention"]
+    text = {**SMALL, "num_hidden_layers": len(kinds), "head_dim": 16, "sliding_window": 8, "layer_types": kinds}
+    sight = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text.pop("model_type")
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=sight)
+    step = replace(STEP, checkpointed=checkpointed)
+    model = PlannedModel(config, {POLICY: LORA, REFERENCE: LORA}, torch.bfloat16)
+    whole = run_on_fakes(on_meta(config, model.adapters, model.dtype), step)
+    assert model.at_depth(step, 2).kept < model.at_depth(step, 3).kept < whole.kept
+    found = model.activations(step)
+    assert found.kept == pytest.approx(whole.kept, rel=0 if checkpointed else 2e-3)
+    assert replace(found, kept=whole.kept) == whole
+
+
+def test_models_of_one_shape_are_measured_once(tmp_path):
+    """Wherever they lie, and after the first was built, which writes into the config that transformers is given."""
+    first, second = (planner(folder, NODE) for folder in (tmp_path, tmp_path / "other"))
+    assert first.model(first.cfg) is first.model(first.cfg) is second.model(second.cfg)
+    wider = planner(tmp_path, NODE, {**SMALL, "intermediate_size": 192})
+    assert wider.model(wider.cfg) is not first.model(first.cfg)
+
+
 def test_scoring_takes_two_and_a_half_times_a_chunk_of_fp32_logits():
     """Per value of a chunk in bf16: logits 2 bytes, their fp32 copy 4, the gradient 2, and 2 of the chunk before.
 
@@ -380,7 +408,7 @@ def test_eight_bit_optimizer_states():
 
 
 def config_file(folder: Path, shape: dict[str, Any] | None = None, **settings: Any) -> str:
-    (folder / "base").mkdir(exist_ok=True)
+    (folder / "base").mkdir(parents=True, exist_ok=True)
     (folder / "base/config.json").write_text(json.dumps(shape or SMALL))
     common = {
         "base_model": str(folder / "base"),
