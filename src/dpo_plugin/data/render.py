@@ -156,10 +156,10 @@ class Renderer:
 
     @cached_property
     def _control_tokens(self) -> list[str]:
-        """Texts that the tokenizer turns into control tokens, longest first."""
+        """Texts that the tokenizer turns into control tokens, each before what it begins with."""
         added = self.tokenizer.added_tokens_decoder.values()
         special = {str(token) for token in added if token.special} | set(self.tokenizer.all_special_tokens)
-        return sorted(special, key=len, reverse=True)
+        return sorted(special, reverse=True)
 
     @cached_property
     def end_of_turn(self) -> str:
@@ -216,7 +216,7 @@ class Renderer:
     @cached_property
     def _all_tokens(self) -> list[str]:
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
-        return sorted(added | set(self._control_tokens), key=len, reverse=True)
+        return sorted(added | set(self._control_tokens), reverse=True)
 
     @cached_property
     def unknown_id(self) -> int | None:

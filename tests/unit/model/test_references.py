@@ -25,7 +25,7 @@ from dpo_plugin.model.references import (
 from dpo_plugin.types import CompletionLogps
 from tests.support import tiny
 
-BATCH = SimpleNamespace(num_pairs=2, input_ids=torch.zeros(1, 3, dtype=torch.long))
+BATCH = SimpleNamespace(num_pairs=3, input_ids=torch.zeros(1, 3, dtype=torch.long))
 FRESH = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
 
@@ -99,13 +99,13 @@ def test_the_engines_root_runs_with_the_reference_adapter_in_place(base_dir, sft
     def forward(model, batch):
         ran.append((model, batch))
         torch.testing.assert_close(policy(ids).logits, alone, rtol=0, atol=0)
-        return logps_of(-1.0, -2.0, -3.0, -4.0)
+        return logps_of(-1.0, -2.0, -3.0, -4.0, -5.0, -6.0)
 
     before, alone = (model(ids).logits for model in (policy, with_adapters(base_dir, sft_dir)))
     assert not torch.equal(before, alone)
     found = AdapterReference(policy).logps(root, BATCH, forward)
     assert ran == [(root, BATCH)]
-    assert found.tolist() == [[-1.0, -3.0], [-2.0, -4.0]]
+    assert found.tolist() == [[-1.0, -4.0], [-2.0, -5.0], [-3.0, -6.0]]
     assert not found.requires_grad
     torch.testing.assert_close(policy(ids).logits, before, rtol=0, atol=0)
 
@@ -129,8 +129,13 @@ def test_a_second_model_runs_itself():
 
 
 def test_no_reference_is_0_for_every_completion_and_runs_nothing():
-    found = NoReference(nn.Linear(2, 2)).logps(None, BATCH, lambda *_: pytest.fail("ran"))
-    assert found.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    strategy, never = NoReference(nn.Linear(2, 2)), lambda *_: pytest.fail("ran")
+    assert strategy.logps(None, BATCH, never).tolist() == [[0.0, 0.0]] * 3
+    elsewhere = SimpleNamespace(num_pairs=3, input_ids=BATCH.input_ids.to("meta"))
+    found = strategy.run(None, elsewhere, never)
+    assert [(value.shape, value.device.type) for value in (found.sums, found.tokens, found.mean_logits)] == [
+        ((6,), "meta")
+    ] * 3
 
 
 def test_one_that_defines_neither_model_nor_run_is_told_so():
