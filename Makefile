@@ -75,7 +75,7 @@ test-newest:  ## the same with the newest trl, peft and transformers, whatever a
 	-.venv-newest/bin/pip list | grep --extended-regexp "^(axolotl|peft|torch|transformers|trl) "
 
 # `make test` runs a sample of each.
-fuzz: install  ## hostile configs, rows, files and templates, and killed runs: none may end bare, hang or lie (about 40 minutes)
+fuzz: install  ## hostile configs, rows, files and templates, and killed runs: none may end bare, hang or lie (about 15 minutes)
 	OMP_NUM_THREADS=1 python -m tests.fuzz.configs --cases 10000
 	OMP_NUM_THREADS=1 python -m tests.fuzz.configs --cases 1000 --plan
 	OMP_NUM_THREADS=1 python -m tests.fuzz.rows --cases 10000

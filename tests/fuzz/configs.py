@@ -10,6 +10,7 @@ import contextlib
 import copy
 import random
 import re
+import sys
 import tempfile
 import traceback
 from collections import Counter
@@ -207,3 +208,4 @@ if __name__ == "__main__":
         print(str(config)[:200], "→", f"{type(error).__name__}: {error}"[:300])
     print(kinds.most_common())
     print(dict(outcomes))
+    sys.exit(bool(bare))

@@ -41,9 +41,9 @@ def check_base(cfg: Any, settings: RunSettings) -> None:
     key = "base_model_config" if cfg.base_model_config else "base_model"
     try:
         config = load_model_config(cfg)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"`{key}: {cfg[key]}` gives no config: {' '.join(str(error).split())[:200]}. "
+            f"`{key}: {cfg[key]}` cannot be used: {' '.join(str(error).split())[:200]}. "
             f"Write: {key}: <a folder with config.json, or a name on the hub>"
         ) from error
     _check_quantisation(cfg, config)

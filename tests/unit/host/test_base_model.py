@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from axolotl.utils.dict import DictDefault
 from transformers import BitsAndBytesConfig
 
-from dpo_plugin.host.base_model import _cannot_be_mapped
+from dpo_plugin.errors import ConfigError
+from dpo_plugin.host.base_model import _cannot_be_mapped, check_base
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
@@ -37,3 +39,12 @@ def loader(storage="bfloat16", computed=torch.bfloat16):
 def test_a_base_whose_bytes_would_not_be_kept_is_left_to_the_host(given, stored, files, why):
     found = _cannot_be_mapped(given, stored, files)
     assert found is None if why is None else found.startswith(why)
+
+
+@pytest.mark.parametrize("key", ["base_model", "base_model_config"])
+@pytest.mark.parametrize("content", [None, "{}", '{"model_type": "nothing"}', "["])
+def test_a_base_without_a_config_that_transformers_knows_is_refused(tmp_path, key, content):
+    if content:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=rf"^`{key}: {tmp_path}` cannot be used: .+ Write: {key}: <a folder with"):
+        check_base(DictDefault(**{key: str(tmp_path)}), SimpleNamespace())
