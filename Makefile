@@ -15,10 +15,11 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
-# Of all that is installed a run imports a tenth, which Python compiles then.
-export PIP_NO_COMPILE := 1
-# uv unpacks side by side what pip unpacks one after the other (25 s for 100); as pip does, it trusts whom the system trusts.
-UV := $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --system-certs
+# uv unpacks side by side what pip unpacks one after the other, 25 s for 100. It trusts whom the system trusts, as pip does, but an
+# index of your own it reads from UV_DEFAULT_INDEX; or have pip do it all: make install UV="pip install --quiet"
+UV := uv pip install --quiet --python $(VENV)/bin/python --system-certs
+# Of all that is installed a run imports a tenth: Python compiles that when it is first imported, and is to keep it.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install demo demo-real test test-ranks test-core test-newest fuzz models unit lint types fix bench dist clean
 
@@ -30,7 +31,7 @@ install: $(VENV)/installed  ## make .venv with everything, at the versions of py
 $(VENV)/installed: pyproject.toml
 	$(or $(PYTHON),$(error No Python from 3.11 to 3.13 runs here; make PYTHON=... names one)) -m venv $(VENV)
 	pip install --quiet --upgrade pip "uv>=0.13,<1"
-	pip install --quiet "$(TORCH)" setuptools
+	pip install --quiet --no-compile "$(TORCH)" setuptools
 	# axolotl pins it; it has no wheel for Python 3.13, and in an environment of its own its build fails there.
 	$(UV) --no-build-isolation zstandard==0.22.0
 	$(UV) --editable ".[dev,deepspeed]" "$(AXOLOTL)"
