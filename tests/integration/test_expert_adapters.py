@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dpo_plugin.config import ReferenceConfig
-from dpo_plugin.errors import AdapterError, ConfigError
+from dpo_plugin.errors import AdapterError, CheckpointError, ConfigError
 from dpo_plugin.host.settings import read_settings
 from dpo_plugin.host.yaml_keys import typed
 from dpo_plugin.model.adapters import REFERENCE, adapter_tensors
@@ -184,10 +184,11 @@ def test_experts_in_four_bits(config, sft_of, moe_dir, tmp_path, four_bit_expert
     result = alone.load_adapter(str(run.output_dir), "again")
     assert not result.missing_keys + result.unexpected_keys
     torch.testing.assert_close(logits(alone), logits(model), rtol=0, atol=1e-5)
-    resumed = host.train(
-        config("whole", **saves, resume_from_checkpoint=str(run.output_dir / "checkpoint-2")), tmp_path / "b"
-    )
+    resume = config("whole", **saves, resume_from_checkpoint=str(run.output_dir / "checkpoint-2"))
+    resumed = host.train(resume, tmp_path / "b")
     assert all(torch.equal(value, saved[key]) for key, value in adapter_file(resumed).items())
+    with pytest.raises(CheckpointError, match="was trained on the base model .*: weights, quantisation"):
+        host.train({**resume, "quantize_moe_experts": False}, tmp_path / "c")
 
 
 @pytest.mark.parametrize(("kind", "more"), [*((kind, {}) for kind in tiny.MOE), ("qwen3_moe", FOUR_BITS)])

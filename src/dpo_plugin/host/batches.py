@@ -248,13 +248,17 @@ def open_cache(
     return ReferenceLogpCache(folder / "reference_logps" if folder else None, key)
 
 
-def base_identity(base: Any) -> str:
-    """Hash the base model as loaded: its config, and a local folder's weights or its name and commit on the hub."""
+def base_identity(base: Any, settings: RunSettings) -> str:
+    """Hash the base model as loaded: its config, and a local folder's weights or its name and commit on the hub.
+
+    That experts are quantised, by axolotl and beside transformers, no config says.
+    """
     folder = Path(str(base.config.name_or_path))
     commit = f"{base.config.name_or_path}@{getattr(base.config, '_commit_hash', None)}"
     noted = getattr(base, "weights_digest", None)  # beside the copy that it was loaded from
     weights = noted or (weights_digest(folder) if folder.is_dir() else commit)
-    return cache_key(weights=weights, config=config_digest(base.config))
+    experts = {key: on for key, on in settings.numerics.items() if key == "quantize_moe_experts"}
+    return cache_key(weights=weights, config=config_digest(base.config), **experts)
 
 
 # ── data ──

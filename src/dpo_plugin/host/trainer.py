@@ -60,7 +60,7 @@ class PreferenceTrainer(AxolotlDPOTrainer):  # type: ignore[misc]
             workarounds.save_policy_instead_of_base(base, model)
         batches.check_lengths(self)
         self._set_up_engine()
-        digest = batches.base_identity(base)
+        digest = batches.base_identity(base, self.settings)
         self.reference = batches.make_reference(self, base.config, digest)
         name, strategy = self.settings.reference.name, self.reference.strategy
         self.origin = resume.origin_of(model, name, strategy, digest, self.masters)
