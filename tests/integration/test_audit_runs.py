@@ -17,6 +17,7 @@ from dpo_plugin.host.commands.cli import dpo
 from dpo_plugin.model.cache import ReferenceLogpCache
 from tests.support import host, tiny
 from tests.support.tiny import chat_row, dpo_config, write_rows
+from tests.unit.compute.test_layouts import hidden_prefix
 
 TEXT = "How do I take a coffee stain out of a white cotton shirt"
 ROWS = [
@@ -277,6 +278,15 @@ class TestReference:
         assert run.trainer.reference.forwards == 0
         assert run.lines[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
         assert audit(file, reference=True)["margins"] == first["margins"]
+
+    def test_margins_are_right_where_a_flat_row_would_not_be(self, config, tmp_path, monkeypatch):
+        """As in a run, two rows are taken where a flat one hides the prefix from an answer."""
+        right = audit(config(), reference=True)["margins"]
+        hidden_prefix(monkeypatch)
+        found = audit(config(dataset_prepared_path=str(tmp_path / "fresh")), reference=True)["margins"]
+        assert rows_named(found["lowest"]) == rows_named(right["lowest"])
+        for one, other in zip(found["lowest"], right["lowest"], strict=True):
+            assert one["nats"] == pytest.approx(other["nats"], abs=1e-3)
 
     def test_another_reference_is_computed_anew(self, config, base_dir, tmp_path):
         """Its margins are its own, though all rows of the first one are cached in the same folder."""
