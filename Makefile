@@ -60,13 +60,13 @@ $(REAL)/pairs.jsonl: $(REAL)/sft/adapter_model.safetensors examples/real/prompts
 	python examples/real/prompts.py $(REAL)
 	axolotl dpo pairs examples/real/dpo.yaml --model reference --prompts $(REAL)/prompts.jsonl --out $@
 
-test: install lint types  ## lint, types and tests (about 9 minutes)
+test: install lint types  ## lint, types and tests (about 8 minutes)
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-ranks: install  ## the 72B recipes on two processes (about 8 minutes)
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/ranks
 
-test-core: install  ## what matters most, one process and two: for a second host beside the first (about 5 minutes)
+test-core: install  ## what matters most, one process and two: for a second host beside the first (about 4 minutes)
 	OMP_NUM_THREADS=1 python -m pytest -m core tests/unit tests/integration tests/ranks
 
 test-newest:  ## the same with the newest trl, peft and transformers, whatever axolotl pins; reports, never fails
