@@ -150,11 +150,7 @@ class PlannedModel:
         """
         if (step, layers) not in self._known:
             config, adapters = copy.deepcopy((self.config, dict(self.adapters)))
-            decoder = config.get_text_config()  # of a base that sees; otherwise the config itself
-            decoder.num_hidden_layers = layers
-            if types := getattr(decoder, "layer_types", None):  # the last as it is, and one of each: each has a mask
-                from_last = [*dict.fromkeys(reversed(types)), *[statistics.mode(types)] * layers]
-                decoder.layer_types = from_last[:layers][::-1]
+            _cut(config.get_text_config(), layers)  # of a base that sees its decoder; otherwise the config itself
             for settings in adapters.values():
                 settings.layers_to_transform = None
                 names = settings.target_parameters or ()
@@ -170,6 +166,21 @@ class PlannedModel:
                     "Write: bf16: true"
                 ) from error
         return self._known[step, layers]
+
+
+def _cut(decoder: Any, layers: int) -> None:
+    """Leave a decoder's config so many layers: where they differ in kind, the last as it is, and one of each kind."""
+    if getattr(decoder, "cross_attention_layers", None):  # Mllama's, at places of their own
+        return
+    decoder.num_hidden_layers = layers
+    kinds = vars(decoder).get("layer_types")  # not Jamba's, which follow from other keys
+    if not kinds:
+        return
+    if getattr(decoder, "is_heterogeneous", False):  # other settings belong to each place
+        decoder.layer_types = kinds[:layers]
+        return
+    from_last = [*dict.fromkeys(reversed(kinds)), *[statistics.mode(kinds)] * layers]
+    decoder.layer_types = from_last[:layers][::-1]
 
 
 def run_on_fakes(model: Any, step: Step) -> Activations:

@@ -15,7 +15,7 @@ import yaml
 from dpo_plugin.config import DPOPluginConfig, parse_config
 from dpo_plugin.engines.config import WRITE_SHIPPED, EngineSettings, fsdp_keys, may_load_once
 from dpo_plugin.engines.loading import Loading
-from dpo_plugin.errors import ConfigError
+from dpo_plugin.errors import ConfigError, DPOPluginError
 from dpo_plugin.plan import engines, inputs
 from dpo_plugin.plan.activations import Activations, PlannedModel
 from dpo_plugin.plan.changes import possible_changes
@@ -152,7 +152,9 @@ class Planner:
         held = self.engine_bytes(column, cfg, given)
         try:
             found = self.activations(cfg, given, column)
-        except (ValueError, RuntimeError) as error:  # this attention, or an operation that needs values
+        except DPOPluginError:
+            raise
+        except Exception as error:  # a model's own code: this attention, an operation that needs values, and others
             raise ConfigError(
                 f"`base_model: {cfg.get('base_model')}` ({self.config.model_type}) does not run without data: {error}. "
                 "Write: attn_implementation: eager"

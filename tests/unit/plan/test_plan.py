@@ -30,6 +30,7 @@ from dpo_plugin.plan.inputs import SHIPPED_ZERO3, adapter_configs, zero3_setting
 from dpo_plugin.plan.planner import CONTEXT, GIB, Machine, Planner, make_plan
 from dpo_plugin.plan.sizes import Sizes, on_meta
 from dpo_plugin.plan.table import OFFLOADED, plan_report
+from tests.support.architectures import make_config
 from tests.support.tiny import EXPERTS, PROJECTIONS, ROOT, moe_config
 
 SMALL = {
@@ -238,6 +239,26 @@ def test_a_base_that_sees_is_cut_to_two_depths_and_has_every_kind_of_layer(check
     found = model.activations(step)
     assert found.kept == pytest.approx(whole.kept, rel=0 if checkpointed else 2e-3)
     assert replace(found, kept=whole.kept) == whole
+
+
+@pytest.mark.parametrize(
+    ("kind", "kinds"),
+    [
+        ("lfm2", ["conv", "full_attention"]),
+        ("gemma4_text", ["sliding_attention", "full_attention"]),  # whose heads are wider at given places
+        ("jamba", None),  # whose kinds follow from other keys
+    ],
+)
+def test_layers_of_several_kinds_are_planned_for_the_whole_and_never_for_less(kind, kinds):
+    """Against the whole model, run uncut: 0.1 to 15 % more, since what the widest kind takes is counted for each."""
+    config = make_config(kind, num_hidden_layers=6, **({"layer_types": kinds * 3} if kinds else {}))
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    step = replace(STEP, checkpointed=True, attention="sdpa")
+    model = PlannedModel(config, {POLICY: lora, REFERENCE: lora}, torch.bfloat16)
+    found, whole = model.activations(step), run_on_fakes(on_meta(config, model.adapters, model.dtype), step)
+    assert found.kept == whole.kept
+    assert whole.forward <= found.forward <= 1.02 * whole.forward
+    assert whole.backward <= found.backward <= 1.16 * whole.backward
 
 
 def test_models_of_one_shape_are_measured_once(tmp_path):
@@ -621,6 +642,16 @@ def test_what_cannot_be_is_refused_and_the_key_named(tmp_path, monkeypatch, sett
 
 def plan_of(file, *machine):
     return make_plan(typed(read_yaml(file)), file, *machine)
+
+
+def test_a_model_whose_code_fails_without_data_is_refused_in_a_line(tmp_path):
+    """Llama 4's experts, of which the adapters that `lora_target_linear` makes return a pair."""
+    shape = make_config("llama4_text").to_dict()
+    made = planner(tmp_path, NODE, shape, lora_target_linear=True, lora_target_modules=None)
+    with pytest.raises(
+        ConfigError, match=r"\(llama4_text\) does not run without data: .*Write: attn_implementation: eager"
+    ):
+        made.need("ddp", made.cfg)
 
 
 def test_an_unknown_reference_strategy_is_refused(tmp_path):
